@@ -1,0 +1,368 @@
+"""The checkpoint object: one immutable directory that holds everything a model needs to run.
+
+    objects/<digest>/
+        manifest.json               what is below, and how to check it
+        part-0-of-1.safetensors     weights in runtime layout, tensors in execution order
+        config.json, tokenizer.json, generation_config.json, ...
+
+The part file is plain safetensors that any tool opens; its header is space-padded so that data starts at a
+multiple of 4096 (direct reads), and tensors are 64-byte aligned by `__pad__.N` entries. *Runtime layout* means
+what the module holds after transformers' own conversion, so that attaching is assigning; tensors that no
+source file has (non-persistent buffers) are in it too, and ties are recorded as names.
+
+Not here: where objects come from (`ingest`), how a directory of them is kept (`store`), how a process binds
+one (`runner.attach`). This module imports no torch: the agent opens objects too.
+
+Invariant: what `open_object` returns is structurally sound — every byte range lies in a file of the recorded
+size, tensors neither overlap nor leave holes, header and manifest agree. Content is `verify_object`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+import blake3
+import msgspec
+import xxhash
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointUnavailable
+
+FORMAT_VERSION = 1
+LAYOUT_VERSION = 1
+CHUNK_BYTES = 16 * 1024 * 1024
+DATA_ALIGNMENT = 4096
+TENSOR_ALIGNMENT = 64
+MANIFEST = "manifest.json"
+PAD_PREFIX = "__pad__"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+TensorKind = Literal["parameter", "buffer", "attribute"]
+"""How the module holds a tensor: a parameter, a registered buffer (persistent or not), a plain attribute."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes done, bytes in all, stage)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor. `start` and `end` are byte offsets from the start of the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    kind: TensorKind = "parameter"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """What one layer (or what lies between layers) occupies; offsets from the start of the data section."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file beside the weights. `digest` is blake3, hex."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One weights file. `chunks` are xxh3-64 of consecutive `CHUNK_BYTES` pieces of the whole file, hex;
+    `digest` is its blake3, hex; tensors are in execution order."""
+
+    name: str
+    bytes: int
+    data_start: int
+    digest: str
+    chunks: tuple[str, ...]
+    tensors: tuple[TensorEntry, ...]
+    layers: tuple[ByteRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where it came from. Not part of the object's identity."""
+
+    name: str
+    digest: str
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What turned the source into these bytes: another value of any field may give other bytes."""
+
+    version: int
+    transformers: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`ties` maps an alias to the tensor it shares. `kv_bytes_per_token` is 0 for models without a growing
+    cache. `batched` says that the row cache was proved against the model's own cache at ingest."""
+
+    format: int
+    digest: str
+    source: Source
+    layout: Layout
+    architecture: str
+    parts: tuple[Part, ...]
+    ties: dict[str, str]
+    files: tuple[FileEntry, ...]
+    parameters: int
+    total_bytes: int
+    kv_bytes_per_token: int
+    max_context: int
+    vocabulary: int
+    generates: bool
+    batched: bool
+    chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointObject:
+    """An opened object: its directory and its manifest, structurally checked against each other."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    def part_path(self, rank: int = 0) -> Path:
+        return self.directory / self.manifest.parts[rank].name
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"<checkpoint {m.source.name} {m.architecture} {m.digest[:12]} {m.total_bytes} bytes>"
+
+
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class _HeaderEntry:
+    dtype: str
+    shape: tuple[Size, ...]
+    data_offsets: tuple[Size, Size]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors header: its tensors in file order, and where the data section starts and ends."""
+
+    tensors: tuple[TensorEntry, ...]
+    data_start: int
+    file_bytes: int
+
+
+def identity(layout: Layout, parts: tuple[Part, ...], files: tuple[FileEntry, ...]) -> str:
+    """The digest that names an object: blake3 over layout, weight digests and file digests."""
+    facts = [
+        [layout.version, layout.transformers, layout.dtype],
+        [[part.name, part.digest] for part in parts],
+        [[file.name, file.digest] for file in sorted(files, key=lambda f: f.name)],
+    ]
+    return blake3.blake3(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+
+
+# -- open ----------------------------------------------------------------------------------------------------
+
+
+def open_object(directory: Path) -> CheckpointObject:
+    """Read the manifest and check the directory's structure against it; reads no weights.
+
+    Raises CheckpointUnavailable when there is no such directory and CheckpointCorrupt for everything that is
+    not as the manifest says, naming the file.
+    """
+    manifest = read_manifest(directory)
+    for file in manifest.files:
+        _check_size(directory / file.name, file.bytes)
+    for part in manifest.parts:
+        _check_part(directory / part.name, part)
+    aliased = {target for target in manifest.ties.values()}
+    stored = {tensor.name for part in manifest.parts for tensor in part.tensors}
+    if missing := aliased - stored:
+        raise _corrupt(directory / MANIFEST, f"a tie points to a tensor that is not stored: {sorted(missing)[0]}")
+    return CheckpointObject(directory=directory, manifest=manifest)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest alone. Raises CheckpointUnavailable, CheckpointCorrupt, or BadSpec for a newer format."""
+    path = directory / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if not directory.is_dir():
+            raise CheckpointUnavailable(
+                f"there is no checkpoint at {directory}.", hint="`sllm checkpoint list` shows what there is."
+            ) from None
+        raise _corrupt(path, "the file is missing") from None
+    except OSError as error:
+        raise CheckpointUnavailable(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise _corrupt(path, f"not a manifest: {error}") from error
+    if manifest.format != FORMAT_VERSION:
+        raise BadSpec(
+            f"{path} has format {manifest.format}; this version reads format {FORMAT_VERSION}.",
+            hint="Ingest the model again with this version.",
+        )
+    if not manifest.parts or not is_digest(manifest.digest):
+        raise _corrupt(path, "no parts, or no digest")
+    names = [entry.name for entry in manifest.files] + [part.name for part in manifest.parts]
+    for name in names:
+        if not name or name != os.path.basename(name) or name in (".", ".."):
+            raise _corrupt(path, f"{name!r} is not a plain file name")
+    if identity(manifest.layout, manifest.parts, manifest.files) != manifest.digest:
+        raise _corrupt(path, "its digest is not that of its contents")
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+
+def read_header(path: Path) -> Header:
+    """A safetensors file's header, checked: no holes, no overlaps, nothing out of range.
+
+    Raises CheckpointCorrupt. Used for sources and for our own part files alike.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise _corrupt(path, f"its header claims {length} bytes and the file has {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise _corrupt(path, f"it cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, "its header is not an object")
+    tensors = [_tensor(path, name, value) for name, value in header.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    data_start, at = 8 + length, 0
+    for tensor in tensors:
+        if tensor.start != at:
+            what = "overlaps the one before it" if tensor.start < at else "leaves a hole before it"
+            raise _corrupt(path, f"tensor {tensor.name} {what}")
+        at = tensor.end
+    if data_start + at != size:
+        raise _corrupt(path, f"tensors end at byte {data_start + at} and the file at {size}")
+    return Header(tensors=tuple(tensors), data_start=data_start, file_bytes=size)
+
+
+def _tensor(path: Path, name: str, value: object) -> TensorEntry:
+    try:
+        entry = msgspec.convert(value, _HeaderEntry)
+    except msgspec.ValidationError as error:
+        raise _corrupt(path, f"the header entry of tensor {name} is malformed: {error}") from None
+    dtype, shape, (start, end) = entry.dtype, entry.shape, entry.data_offsets
+    if dtype not in DTYPE_BYTES:
+        raise _corrupt(path, f"tensor {name} has unknown dtype {dtype!r}")
+    if end - start != prod(shape) * DTYPE_BYTES[dtype]:
+        raise _corrupt(path, f"tensor {name} of shape {list(shape)} and dtype {dtype} has {end - start} bytes")
+    return TensorEntry(name=name, dtype=dtype, shape=shape, start=start, end=end)
+
+
+def _check_part(path: Path, part: Part) -> None:
+    _check_size(path, part.bytes)
+    header = read_header(path)
+    if header.data_start != part.data_start or part.data_start % DATA_ALIGNMENT:
+        raise _corrupt(path, f"data starts at {header.data_start}, the manifest says {part.data_start}")
+    actual = {tensor.name: tensor for tensor in header.tensors if not tensor.name.startswith(PAD_PREFIX)}
+    for tensor in part.tensors:
+        found = actual.pop(tensor.name, None)
+        if found is None:
+            raise _corrupt(path, f"tensor {tensor.name} of the manifest is not in the file")
+        if (found.dtype, found.shape, found.start) != (tensor.dtype, tensor.shape, tensor.start):
+            raise _corrupt(
+                path,
+                f"tensor {tensor.name} is {found.dtype}{list(found.shape)} at {found.start}, the manifest says "
+                f"{tensor.dtype}{list(tensor.shape)} at {tensor.start}",
+            )
+    if actual:
+        raise _corrupt(path, f"tensor {sorted(actual)[0]} is not in the manifest")
+    if len(part.chunks) != -(-part.bytes // CHUNK_BYTES):
+        raise _corrupt(path, f"the manifest has {len(part.chunks)} chunk sums for {part.bytes} bytes")
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise _corrupt(path, "the file is missing") from None
+    if size != expected:
+        raise _corrupt(path, f"it has {size} bytes, the manifest says {expected}")
+
+
+# -- verify --------------------------------------------------------------------------------------------------
+
+
+def chunks_of(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(size):
+            yield chunk
+
+
+def file_digest(path: Path) -> str:
+    """blake3 of a file, hex."""
+    hasher = blake3.blake3()
+    for chunk in chunks_of(path):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def verify_object(checkpoint: CheckpointObject, progress: Progress | None = None) -> None:
+    """Check every byte: xxh3 per chunk of the weights, blake3 of the files beside them.
+
+    Raises CheckpointCorrupt naming the file and the first bad chunk.
+    """
+    manifest, done = checkpoint.manifest, 0
+    for file in manifest.files:
+        path = checkpoint.directory / file.name
+        if file_digest(path) != file.digest:
+            raise _corrupt(path, "its content has changed")
+    for part in manifest.parts:
+        path = checkpoint.directory / part.name
+        for index, chunk in enumerate(chunks_of(path)):
+            if index >= len(part.chunks) or xxhash.xxh3_64_hexdigest(chunk) != part.chunks[index]:
+                raise _corrupt(path, f"chunk {index} (bytes from {index * CHUNK_BYTES}) has changed")
+            done += len(chunk)
+            if progress is not None:
+                progress(done, manifest.total_bytes, "verify")
+
+
+def _corrupt(path: Path, what: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(f"{path}: {what}.", hint="Remove this checkpoint and ingest it again.")

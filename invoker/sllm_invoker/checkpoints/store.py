@@ -1,0 +1,278 @@
+"""The directory of checkpoint objects on one node, as a façade.
+
+    <root>/objects/<digest>/    immutable objects (files 0444)
+    <root>/refs/<name>          a name for a digest ("/" in a name is kept as a folder)
+    <root>/pins/<digest>        present: not to be removed or evicted
+    <root>/sources/             what was ingested before, so that the same source is recognised
+    <root>/verified/<digest>    present: every byte was checked here, with the file's stat at that time
+    <root>/tmp/                 ingests under way; each holds a lock on its directory
+
+It imports no torch: the agent uses it. It does not write objects (`ingest` does). Invariant: a directory under
+objects/ is whole — it is renamed there when complete and renamed away before it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm_faas.errors import BadSpec, CheckpointError, CheckpointUnavailable, Conflict, StorageFull
+
+from .object import (
+    CheckpointObject,
+    Manifest,
+    Progress,
+    is_digest,
+    open_object,
+    read_manifest,
+    verify_object,
+)
+
+_REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """One line of a listing."""
+
+    manifest: Manifest
+    refs: tuple[str, ...]
+    pinned: bool
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+
+class CheckpointStore:
+    """All that is kept under one root. Safe to use from several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("objects", "refs", "pins", "sources", "verified", "tmp"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+
+    def __repr__(self) -> str:
+        return f"<checkpoint store {self.root}>"
+
+    # -- read ------------------------------------------------------------------------------------------------
+
+    def path(self, digest: str) -> Path:
+        return self.root / "objects" / digest
+
+    def resolve(self, ref: str) -> str:
+        """The digest a ref, a digest or an unambiguous digest prefix (8 and more) names.
+
+        Raises CheckpointUnavailable."""
+        if _REF.fullmatch(ref):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                return (self.root / "refs" / ref).read_text().strip()
+        if len(ref) >= 8 and is_digest(ref.ljust(64, "0")):
+            found = [name for name in self._digests() if name.startswith(ref)]
+            if len(found) == 1:
+                return found[0]
+        known = ", ".join(sorted(self._refs())) or "none"
+        raise CheckpointUnavailable(
+            f"there is no checkpoint {ref!r}; known names: {known}.", hint="`sllm checkpoint pull` brings one here."
+        )
+
+    def get(self, ref: str) -> CheckpointObject:
+        """The object, structurally checked. Raises CheckpointUnavailable, CheckpointCorrupt."""
+        return open_object(self.path(self.resolve(ref)))
+
+    def list(self) -> tuple[StoreEntry, ...]:
+        """Every object whose manifest can be read, by source name. Corrupt ones are left to `get` and `verify`."""
+        refs: dict[str, list[str]] = {}
+        for name, digest in self._refs().items():
+            refs.setdefault(digest, []).append(name)
+        entries = []
+        for digest in self._digests():
+            with contextlib.suppress(CheckpointError, BadSpec):
+                manifest = read_manifest(self.path(digest))
+                names = tuple(sorted(refs.get(digest, ())))
+                entries.append(StoreEntry(manifest=manifest, refs=names, pinned=self.is_pinned(digest)))
+        return tuple(sorted(entries, key=lambda entry: (entry.manifest.source.name, entry.digest)))
+
+    # -- name, pin, remove -----------------------------------------------------------------------------------
+
+    def set_ref(self, name: str, digest: str) -> None:
+        """Point a name at a digest, replacing what it pointed at. Raises BadSpec for a bad name."""
+        if not _REF.fullmatch(name):
+            raise BadSpec(
+                f"{name!r} is not a checkpoint name; allowed: letters, digits, '.', '_', '-', one '/' inside.",
+                param="name",
+            )
+        path = self.root / "refs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, digest + "\n")
+
+    def remove_ref(self, name: str) -> None:
+        (self.root / "refs" / name).unlink(missing_ok=True)
+
+    def pin(self, ref: str) -> None:
+        _write_atomically(self.root / "pins" / self.resolve(ref), "")
+
+    def unpin(self, ref: str) -> None:
+        (self.root / "pins" / self.resolve(ref)).unlink(missing_ok=True)
+
+    def is_pinned(self, digest: str) -> bool:
+        return (self.root / "pins" / digest).exists()
+
+    def remove(self, ref: str) -> None:
+        """Remove an object and every name it has. Processes that have it mapped keep their bytes.
+
+        Raises CheckpointUnavailable, and Conflict while it is pinned."""
+        digest = self.resolve(ref)
+        if self.is_pinned(digest):
+            raise Conflict(f"checkpoint {ref} is pinned.", hint="Unpin it first.")
+        for name, target in self._refs().items():
+            if target == digest:
+                self.remove_ref(name)
+        (self.root / "verified" / digest).unlink(missing_ok=True)
+        doomed = self.root / "tmp" / f"removed-{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    # -- verify ----------------------------------------------------------------------------------------------
+
+    def verify(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
+        """Read and check every byte. Raises CheckpointCorrupt; remembers success for `ensure_verified`."""
+        checkpoint = self.get(ref)
+        mark = self.root / "verified" / checkpoint.digest
+        mark.unlink(missing_ok=True)
+        before = _stat_line(checkpoint)
+        verify_object(checkpoint, progress)
+        _write_atomically(mark, before)
+        return checkpoint
+
+    def ensure_verified(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
+        """`verify` unless these very files were verified here before; call it before the first attach."""
+        checkpoint = self.get(ref)
+        try:
+            if (self.root / "verified" / checkpoint.digest).read_text() == _stat_line(checkpoint):
+                return checkpoint
+        except FileNotFoundError:
+            pass
+        return self.verify(checkpoint.digest, progress)
+
+    # -- for ingest ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A private directory under tmp/, removed at the end; those of dead processes are removed first."""
+        name = self.root / "tmp" / uuid.uuid4().hex
+        with self._lock("tmp.lock"):
+            self._clean()
+            name.mkdir()
+            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield name
+        finally:
+            shutil.rmtree(name, ignore_errors=True)
+            os.close(handle)
+
+    def adopt(self, directory: Path, digest: str) -> bool:
+        """Rename a finished directory to objects/<digest>; False when somebody was first."""
+        try:
+            directory.rename(self.path(digest))
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                return False
+            raise
+        sync_directory(self.root / "objects")
+        return True
+
+    def known(self, key: str) -> CheckpointObject | None:
+        """The object that an earlier ingest with this key made, if it is still there and sound in structure."""
+        with contextlib.suppress(FileNotFoundError, CheckpointUnavailable):
+            return open_object(self.path((self.root / "sources" / key).read_text().strip()))
+        return None
+
+    def remember(self, key: str, digest: str) -> None:
+        _write_atomically(self.root / "sources" / key, digest)
+
+    def only_one(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """One process at a time ingests what `key` names."""
+        return self._lock(f"{key}.lock")
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        handle = os.open(self.root / "sources" / name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _clean(self) -> None:
+        """Remove what dead processes left in tmp/: whoever is alive holds a lock on its directory."""
+        for path in (self.root / "tmp").iterdir():
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(handle)
+
+    def _digests(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name))
+
+    def _refs(self) -> dict[str, str]:
+        refs = self.root / "refs"
+        files = (path for path in refs.rglob("*") if path.is_file() and not path.name.startswith("."))
+        return {str(path.relative_to(refs)): path.read_text().strip() for path in files}
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename or creation in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """A full disk or quota as StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull(
+                f"no space left under {root}.", hint="`sllm checkpoint rm` removes checkpoints that nothing needs."
+            ) from error
+        raise
+
+
+def _stat_line(checkpoint: CheckpointObject) -> str:
+    lines = []
+    for name in [*(file.name for file in checkpoint.manifest.files), *(p.name for p in checkpoint.manifest.parts)]:
+        stat = (checkpoint.directory / name).stat()
+        lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n")
+    return "".join(lines)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with storage_errors(path.parent):
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,244 @@
+"""Binding a checkpoint to a model without copying it.
+
+Two halves, because a process forks between them:
+
+    prepare(object)   in the template process, single-threaded: config, skeleton on the meta device, tokenizer
+    attach(skeleton)  in the instance, after the fork: map the weights, assign them
+
+The part file is mapped private copy-on-write: reads come from the page cache that all instances share, a stray
+write stays in this process. Tensors are views of the map at the manifest's offsets. Nothing is initialised,
+converted or copied.
+
+Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device; otherwise it raises
+CheckpointIncomplete naming the first one. It is not for anything that is not an object of the store.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
+
+from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
+from sllm_invoker.runner.engines.base import AttachReport
+from sllm_invoker.runner.tokens import TextCodec
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """A model without weights, and what else can be made before the fork. `mapping` is set by `attach`."""
+
+    checkpoint: CheckpointObject
+    model: Any
+    codec: TextCodec | None
+    eos: frozenset[int]
+    mapping: mmap.mmap | None = None
+
+
+def prepare(checkpoint: CheckpointObject | Path) -> Skeleton:
+    """Build everything that needs no weights. Runs torch on one thread: forking after an OpenMP region with
+    several would deadlock the child in its first one.
+
+    Raises CheckpointCorrupt or BadSpec when config or tokenizer are not usable.
+    """
+    torch.set_num_threads(1)
+    if isinstance(checkpoint, Path):
+        checkpoint = open_object(checkpoint)
+    directory, manifest = checkpoint.directory, checkpoint.manifest
+    model = build_skeleton(load_config(directory), manifest.architecture)
+    codec = TextCodec.load(directory) if (directory / "tokenizer_config.json").exists() else None
+    return Skeleton(checkpoint=checkpoint, model=model, codec=codec, eos=end_tokens(directory))
+
+
+def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
+    """Map the weights and assign them. `directory`: where this process sees the object, if elsewhere.
+
+    Raises CheckpointCorrupt when the file is not what the manifest says (structure only; content is verified
+    by the store), CheckpointIncomplete when something would stay on meta.
+    """
+    started = time.perf_counter()
+    checkpoint = skeleton.checkpoint
+    if directory is not None and directory != checkpoint.directory:
+        found = open_object(directory)
+        if found.digest != checkpoint.digest:
+            raise BadSpec(f"{directory} holds checkpoint {found.digest}, the skeleton is of {checkpoint.digest}.")
+        checkpoint = found
+    else:
+        checkpoint = open_object(checkpoint.directory)
+    part = checkpoint.manifest.parts[0]
+    mapping = _map(checkpoint.part_path(), part)
+    mapped = time.perf_counter()
+    tensors = {
+        entry.name: _view(mapping, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors
+    }
+    _assign(skeleton.model, part, tensors, checkpoint.manifest.ties)
+    skeleton.model.eval()
+    skeleton.checkpoint, skeleton.mapping = checkpoint, mapping
+    if left := next(_on_meta(skeleton.model), None):
+        raise CheckpointIncomplete(
+            f"checkpoint {checkpoint.digest[:12]} has no {left}, which {checkpoint.manifest.architecture} needs.",
+            hint="Ingest the model again with the installed transformers version.",
+        )
+    done = time.perf_counter()
+    return AttachReport(
+        bytes=part.bytes,
+        tensors=len(tensors),
+        seconds=done - started,
+        stages={"map": mapped - started, "assign": done - mapped},
+    )
+
+
+# -- pieces, shared with ingest ------------------------------------------------------------------------------
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers config object of a directory; runs no code from it.
+
+    Raises CheckpointCorrupt when config.json is not JSON, BadSpec when it describes no known model."""
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BadSpec(f"{directory} has no config.json.", hint="A model directory needs one.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointCorrupt(f"{path} is not JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointCorrupt(f"{path} is not a JSON object.")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its validation meets
+        code = " It asks for code of its own, which is refused." if "auto_map" in raw else ""
+        raise BadSpec(f"{path} does not describe a model that transformers knows: {_line(error)}.{code}") from error
+
+
+def model_class(architecture: str) -> Any:
+    """The transformers class of that name. Raises BadSpec."""
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise BadSpec(
+            f"architecture {architecture!r} is not one that transformers {transformers.__version__} has.",
+            hint="Code shipped with a model is never run.",
+        )
+    return cls
+
+
+def build_skeleton(config: Any, architecture: str) -> Any:
+    """The module tree with every tensor on the meta device; no initialisation runs."""
+    from transformers.initialization import no_init_weights
+
+    cls = model_class(architecture)
+    try:
+        with torch.device("meta"), no_init_weights():
+            return cls._from_config(config)
+    except Exception as error:  # a config that validates may still be impossible to build
+        raise BadSpec(f"{architecture} cannot be built from its config.json: {_line(error)}.") from error
+
+
+def end_tokens(directory: Path) -> frozenset[int]:
+    """End-of-sequence ids: generation_config.json's, else config.json's; an id or a list of them."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            value = json.loads((directory / name).read_bytes()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError) as error:
+            raise CheckpointCorrupt(f"{directory / name} is not a JSON object: {error}.") from error
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(i) is int for i in ids):
+                raise CheckpointCorrupt(f"{directory / name}: eos_token_id {value!r} is neither an id nor a list.")
+            return frozenset(ids)
+    return frozenset()
+
+
+def model_tensors(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
+    """Every tensor a module tree holds, aliases included: parameters, buffers of either sort, attributes."""
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                yield dot + name, "parameter", tensor
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                yield dot + name, "buffer", tensor
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield dot + name, "attribute", value
+
+
+def _map(path: Path, part: Part) -> mmap.mmap:
+    with path.open("rb") as file:
+        # Checked on the open file: a map beyond the end is SIGBUS at the first touch.
+        size = file.seek(0, 2)
+        if size != part.bytes:
+            raise CheckpointCorrupt(f"{path} has {size} bytes, the manifest says {part.bytes}.")
+        return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _view(mapping: mmap.mmap, part: Part, dtype: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
+    kind, count = TORCH_DTYPES[dtype], prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(mapping, dtype=kind, count=count, offset=part.data_start + start).view(shape)
+
+
+def _assign(model: Any, part: Part, tensors: dict[str, torch.Tensor], ties: dict[str, str]) -> None:
+    modules = dict(model.named_modules())
+    held: dict[str, torch.Tensor] = {}
+    kinds = {entry.name: entry.kind for entry in part.tensors}
+    for name, source in [*((n, n) for n in tensors), *ties.items()]:
+        owner, _, leaf = name.rpartition(".")
+        module, kind = modules.get(owner), kinds[source]
+        if module is None:
+            raise CheckpointCorrupt(f"the checkpoint has tensor {name}, but the model has no module {owner!r}.")
+        if kind == "parameter":
+            # One Parameter object per stored tensor, so that ties stay ties.
+            if source not in held:
+                held[source] = torch.nn.Parameter(tensors[source], requires_grad=False)
+            _fits(module._parameters, leaf, held[source], name)
+            module._parameters[leaf] = held[source]
+        elif kind == "buffer":
+            _fits(module._buffers, leaf, tensors[source], name)
+            module._buffers[leaf] = tensors[source]
+        else:
+            setattr(module, leaf, tensors[source])
+
+
+def _fits(slots: dict[str, Any], leaf: str, tensor: torch.Tensor, name: str) -> None:
+    if leaf not in slots:
+        raise CheckpointCorrupt(f"the checkpoint has tensor {name}, but the model has no such tensor.")
+    wanted = slots[leaf]
+    if wanted is not None and wanted.shape != tensor.shape:
+        raise CheckpointCorrupt(
+            f"tensor {name} has shape {list(tensor.shape)}, the model's config wants {list(wanted.shape)}."
+        )
+
+
+def _on_meta(model: Any) -> Iterator[str]:
+    return (name for name, _, tensor in model_tensors(model) if tensor.is_meta)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a foreign error, short enough for a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -1,0 +1,280 @@
+"""ZeroMQ sockets on an asyncio loop: callbacks in, synchronous sends out.
+
+Not a protocol: who says what is in `messages`, who is alive in `liveness`. Two ends:
+
+    Router(endpoint, on_message)   binds; on_message(peer, parts); send(peer, parts)
+    Dealer(endpoint, identity, on_message)   connects; on_message(parts); send(parts)
+
+`memory.py` has both ends without sockets. Invariants: a send never blocks and never silently drops — it goes
+out, waits in a bounded outbox, or raises `PeerGone` / `PeerBusy`; everything readable is drained in one wake-up
+(the ZeroMQ descriptor is edge-triggered: stopping early would lose the wake-up), at most `BURST` messages before
+other callbacks get their turn.
+
+Over TCP every socket is CURVE, and a Router lets in only the keys its `allow` predicate names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from sllm_faas.errors import BadSpec, PlatformError
+from sllm_faas.wire.messages import MAX_FRAME
+
+HIGH_WATER = 10_000
+OUTBOX = 20_000
+BURST = 256
+_RETRY = 0.002
+
+Parts = list[bytes]
+
+
+class PeerGone(PlatformError):
+    """No such peer is connected."""
+
+    code = "peer_gone"
+
+
+class PeerBusy(PlatformError):
+    """The peer does not read: its high-water mark and outbox are full. It is to be treated as lost."""
+
+    code = "peer_busy"
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """A CURVE key pair, Z85 text."""
+
+    public: str
+    secret: str
+
+    @classmethod
+    def generate(cls) -> CurveKeys:
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+
+def check_endpoint(endpoint: str, curve: bool) -> None:
+    """Raises BadSpec unless it is ipc://, or tcp:// with CURVE."""
+    scheme = endpoint.split("://", 1)[0]
+    if scheme == "ipc":
+        path = endpoint[len("ipc://") :]
+        if len(os.fsencode(path)) > 100:
+            raise BadSpec(f"socket path {path!r} is longer than 100 bytes", hint="Use a shorter state directory.")
+    elif scheme == "tcp":
+        if not curve:
+            raise BadSpec(f"endpoint {endpoint!r} is TCP without keys; allowed: TCP only with CURVE keys")
+    else:
+        raise BadSpec(f"endpoint {endpoint!r} has scheme {scheme!r}; allowed: ipc, tcp")
+
+
+class _Socket(ABC):
+    def __init__(self, kind: int) -> None:
+        self._zmq: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+        self._zmq.linger = 0
+        self._zmq.sndhwm = self._zmq.rcvhwm = HIGH_WATER
+        self._zmq.maxmsgsize = MAX_FRAME
+        self._loop = asyncio.get_running_loop()
+        self._fd = self._zmq.fd
+        self._reading = False
+        self._scheduled = False
+        self._closed = False
+
+    def _start(self) -> None:
+        self._loop.add_reader(self._fd, self._wake)
+        self._reading = True
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _wake(self) -> None:
+        if not self._scheduled:
+            self._drain()
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        if self._closed:
+            return
+        receive = self._zmq.recv_multipart
+        try:
+            for _ in range(BURST):
+                self._deliver(receive(zmq.NOBLOCK))
+                if self._closed:
+                    return
+        except zmq.Again:
+            return
+        self._schedule()
+
+    def _sent(self) -> None:
+        # A send may consume the descriptor's edge for a message that has just become readable.
+        if self._zmq.events & zmq.POLLIN:
+            self._schedule()
+
+    @abstractmethod
+    def _deliver(self, parts: Parts) -> None: ...
+
+    def close(self) -> None:
+        """Idempotent. What was sent and not yet written is dropped."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._reading:
+            self._loop.remove_reader(self._fd)
+        self._zmq.close(linger=0)
+
+
+class Dealer(_Socket):
+    """The connecting end. ZeroMQ reconnects by itself; messages sent meanwhile wait in its queue."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        identity: bytes,
+        on_message: Callable[[Parts], None],
+        *,
+        keys: CurveKeys | None = None,
+        server_key: str = "",
+    ) -> None:
+        check_endpoint(endpoint, bool(keys and server_key))
+        super().__init__(zmq.DEALER)
+        self.endpoint = endpoint
+        self._on_message = on_message
+        self._outbox: deque[Parts] = deque()
+        self._zmq.identity = identity
+        self._zmq.reconnect_ivl = 50
+        self._zmq.reconnect_ivl_max = 1000
+        if keys and server_key:
+            self._zmq.curve_publickey = keys.public.encode()
+            self._zmq.curve_secretkey = keys.secret.encode()
+            self._zmq.curve_serverkey = server_key.encode()
+        self._zmq.connect(endpoint)
+        self._start()
+
+    def _deliver(self, parts: Parts) -> None:
+        self._on_message(parts)
+
+    def send(self, parts: Parts) -> None:
+        """Raises PeerBusy when the outbox is full, PeerGone after close()."""
+        if self._closed:
+            raise PeerGone(f"link to {self.endpoint} is closed")
+        if self._outbox:
+            self._put_aside(parts)
+            return
+        try:
+            self._zmq.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            self._put_aside(parts)
+            return
+        self._sent()
+
+    def _put_aside(self, parts: Parts) -> None:
+        if len(self._outbox) >= OUTBOX:
+            raise PeerBusy(f"{self.endpoint} does not read: {OUTBOX} messages wait")
+        self._outbox.append(parts)
+        if len(self._outbox) == 1:
+            self._loop.call_later(_RETRY, self._flush)
+
+    def _flush(self) -> None:
+        if self._closed:
+            return
+        try:
+            while self._outbox:
+                self._zmq.send_multipart(self._outbox[0], zmq.NOBLOCK)
+                self._outbox.popleft()
+        except zmq.Again:
+            self._loop.call_later(_RETRY, self._flush)
+        self._sent()
+
+
+class Router(_Socket):
+    """The binding end. Peers are named by the identity they connected with."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        on_message: Callable[[bytes, Parts], None],
+        *,
+        keys: CurveKeys | None = None,
+        mode: int = 0o700,
+    ) -> None:
+        check_endpoint(endpoint, keys is not None)
+        super().__init__(zmq.ROUTER)
+        self._on_message = on_message
+        self._outbox: dict[bytes, deque[Parts]] = {}
+        self._zmq.router_mandatory = True
+        self._zmq.router_handover = True
+        if keys:
+            self._zmq.curve_server = True
+            self._zmq.curve_publickey = keys.public.encode()
+            self._zmq.curve_secretkey = keys.secret.encode()
+            self._zmq.zap_domain = b"sllm"
+        try:
+            self._zmq.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._zmq.close(linger=0)
+            raise BadSpec(f"cannot listen on {endpoint}: {error}", hint="Is another one running?") from None
+        if endpoint.startswith("ipc://"):
+            Path(endpoint[len("ipc://") :]).chmod(mode)
+        self.endpoint = self._zmq.last_endpoint.rstrip(b"\0").decode()
+        self._start()
+
+    def _deliver(self, parts: Parts) -> None:
+        self._on_message(parts[0], parts[1:])
+
+    def send(self, peer: bytes, parts: Parts) -> None:
+        """Raises PeerGone for an unknown peer, PeerBusy when the peer's outbox is full."""
+        if self._closed:
+            raise PeerGone(f"{self.endpoint} is closed")
+        if peer in self._outbox:
+            self._put_aside(peer, parts)
+            return
+        try:
+            self._zmq.send_multipart([peer, *parts], zmq.NOBLOCK)
+        except zmq.Again:
+            self._put_aside(peer, parts)
+            return
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerGone(f"no peer {peer!r} at {self.endpoint}") from None
+            raise
+        self._sent()
+
+    def _put_aside(self, peer: bytes, parts: Parts) -> None:
+        queue = self._outbox.setdefault(peer, deque())
+        if len(queue) >= OUTBOX:
+            raise PeerBusy(f"peer {peer!r} does not read: {OUTBOX} messages wait")
+        queue.append(parts)
+        if len(queue) == 1:
+            self._loop.call_later(_RETRY, self._flush, peer)
+
+    def _flush(self, peer: bytes) -> None:
+        queue = self._outbox.get(peer)
+        if self._closed or queue is None:
+            return
+        try:
+            while queue:
+                self._zmq.send_multipart([peer, *queue[0]], zmq.NOBLOCK)
+                queue.popleft()
+        except zmq.Again:
+            self._loop.call_later(_RETRY, self._flush, peer)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            queue.clear()
+        if not queue:
+            del self._outbox[peer]
+        self._sent()
+
+    def forget(self, peer: bytes) -> None:
+        """Drop what waits for a peer that is lost."""
+        self._outbox.pop(peer, None)

@@ -1,0 +1,429 @@
+"""Bodies of frames, by type. Frozen dataclasses, decoded and validated in one step by `codec`.
+
+A body never holds more than its receiver needs; user payloads are opaque bytes here. Payloads above
+`INLINE_LIMIT` travel as out-of-band buffers after the frame (see `codec.Frame.buffers`), the field left empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sllm_faas.errors import ErrorInfo
+from sllm_faas.spec import AppSpec, CheckpointSpec, Encoding, FunctionSpec, Target, Timeline, Warmth
+from sllm_faas.wire.header import Type
+
+INLINE_LIMIT = 64 * 1024
+MAX_FRAME = 80 * 1024 * 1024
+"""Bytes of one ZeroMQ part (MAXMSGSIZE): a payload at its limit and room for its envelope."""
+
+InstanceState = Literal["starting", "ready", "draining", "stopped", "failed"]
+
+
+# -- any link ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """What an invoker knows of one of its instances: sent on every change, and all of them in `Hello`.
+
+    `number` is its `route` on this invoker. `timeline` is that of its start, complete once ready; its spans are
+    fork, import/attach, enter …, with the checkpoint's tier and GB/s in their details.
+    """
+
+    instance: str
+    number: int
+    target: Target
+    state: InstanceState
+    concurrency: int = 1
+    warmth: Warmth = "cold"
+    """The layer the start began from."""
+    pid: int = 0
+    running: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """Resources of a node. `endpoint` is where gateways connect; `curve_key` its public key over TCP."""
+
+    name: str
+    endpoint: str
+    curve_key: str = ""
+    memory_mb: int = 0
+    cores: float = 1.0
+    gpus: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    """Calibrated bytes per second by tier."""
+    checkpoints: tuple[str, ...] = ()
+    """Digests of the objects on its disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First frame of a peer, and again after it was lost. `life` is new for each start of the process."""
+
+    role: Literal["gateway", "invoker", "container", "admin"]
+    name: str
+    life: str
+    pid: int = 0
+    node: NodeInfo | None = None
+    instances: tuple[InstanceReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The answer to Hello. Over TCP it carries the public keys of the gateways to be let in."""
+
+    name: str
+    life: str
+    heartbeat: float = 1.0
+    gateway_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call with one answer; the header's id matches them. `body` is msgpack of what `op` takes."""
+
+    op: str
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    body: bytes = b""
+    error: ErrorInfo | None = None
+    more: bool = False
+    """True while further replies to the same request follow (progress, followed logs)."""
+
+
+# -- invocations ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """Run this. `context` is the gateway's own note, handed back to whoever adopts the invocation.
+
+    `resume` is opaque state from an earlier fence; `outputs` of it were already delivered.
+    `execution` is the execution timeout in seconds, enforced by the gateway and, as a backstop, the invoker.
+    """
+
+    method: str
+    encoding: Encoding = "msgpack"
+    stream: bool = False
+    payload: bytes = b""
+    context: bytes = b""
+    execution: float | None = None
+    resume: bytes = b""
+    outputs: int = 0
+    caller: str = ""
+    """The invocation that made this call, for attribution; empty from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The result: a payload in the invocation's encoding (empty for a stream), and seconds spent running."""
+
+    payload: bytes = b""
+    seconds: float = 0.0
+    usage: dict[str, int] = field(default_factory=dict)
+    spans: tuple[tuple[str, float, float], ...] = ()
+    """(name, start, seconds) inside the container, relative to the arrival of the invocation there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: ErrorInfo
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It never ran there; queue it again."""
+
+    reason: Literal["no_slot", "unknown_instance", "draining", "stale_fence"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """How many invocations this gateway may have in flight on an instance: absolute, a lease.
+
+    header.route is the instance's number, header.seq the grant's ordinal on this link. A draining or ended
+    instance grants 0. The gateway answers every grant with `Want`, so the invoker knows it was taken in.
+    """
+
+    instance: str
+    target: Target
+    limit: int
+    concurrency: int
+    node: str
+    state: InstanceState = "ready"
+    timeline: Timeline | None = None
+    why: str = ""
+    """The controller's reason for placing it there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How many slots beyond its grant the gateway could use now. header.seq: the last grant taken in."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """`found`: the invocation is here and now this gateway's; its outputs from `header.seq` follow.
+
+    `status` says why not otherwise: unknown here, owned by a gateway that lives, or its window is past.
+    """
+
+    status: Literal["found", "unknown", "owned", "gone"]
+    invoke: bytes = b""
+    """The original Invoke body (without out-of-band buffers), for its context."""
+    target: Target | None = None
+    instance: str = ""
+
+
+# -- controller and invoker ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    instance: str
+    target: Target
+    spec: FunctionSpec
+    bundle: str = ""
+    why: str = ""
+    predicted: float = 0.0
+    """The start-up time in seconds the controller expects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop an instance: new work is refused at once, running work has `drain` seconds to end (None: all it
+    takes), then it is cancelled and has its `cancel_grace`."""
+
+    instance: str
+    drain: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Import check of a version: every function found, every checkpoint here, in a throw-away container."""
+
+    app: AppSpec
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    app: str
+    version: int
+    error: ErrorInfo | None = None
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    """function name -> digest of its checkpoint's object."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """digest -> bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    request: str
+    checkpoint: CheckpointSpec
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    request: str
+    digest: str = ""
+    bytes: int = 0
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of a check or an ingest (`request` is `app@version` or the ingest's), for people: never a decision."""
+
+    request: str
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BundleGet:
+    digest: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePart:
+    """`total` 0: there is no such bundle. The bytes are the frame's only buffer."""
+
+    digest: str
+    offset: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStats:
+    """Sent when it changed, at most once a second."""
+
+    memory_free_mb: int
+    disk_free_mb: int
+    instances: int
+
+
+# -- controller and gateway ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionRoute:
+    """The serving version of a function."""
+
+    app: str
+    version: int
+    spec: FunctionSpec
+    weight: float = 1.0
+    created: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A token as gateways know it: the sha256 of its text, never the text."""
+
+    name: str
+    sha256: str
+    scopes: tuple[str, ...]
+    apps: tuple[str, ...] = ()
+    """Apps it is good for; empty for all."""
+    expires: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The whole table at `seq`; each delta after it is seq + 1. A gap: ask for the table again (Hello)."""
+
+    seq: int
+    functions: tuple[FunctionRoute, ...] = ()
+    nodes: tuple[NodeInfo, ...] = ()
+    tokens: tuple[TokenEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutesDelta:
+    seq: int
+    functions: tuple[FunctionRoute, ...] = ()
+    functions_gone: tuple[tuple[str, str], ...] = ()
+    nodes: tuple[NodeInfo, ...] = ()
+    nodes_gone: tuple[str, ...] = ()
+    tokens: tuple[TokenEntry, ...] = ()
+    tokens_gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetDemand:
+    """What one gateway has for a target now: absolute. `oldest` is the age in seconds of the oldest waiting."""
+
+    target: Target
+    waiting: int
+    running: int
+    oldest: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """At once when something begins to wait without a slot; else gathered for up to 100 ms."""
+
+    items: tuple[TargetDemand, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFailed:
+    """Nothing can serve the target now: fail what waits. `retry_after`: seconds of back-off left."""
+
+    target: Target
+    error: ErrorInfo
+
+
+# -- container and invoker -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The instance serves. `timeline` holds its own spans (import, attach, enter)."""
+
+    timeline: Timeline
+    memory_mb: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    error: ErrorInfo
+    timeline: Timeline = field(default_factory=Timeline)
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One line a container wrote. `invocation` is its hex id, or empty outside of one."""
+
+    time: float
+    stream: Literal["stdout", "stderr", "platform"]
+    text: str
+    invocation: str = ""
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    records: tuple[LogRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Finish what runs within `drain` seconds (None: all it takes), run exit hooks, leave."""
+
+    drain: float | None = None
+
+
+Outputs = list[bytes]
+"""Body of OUTPUT: payloads in the invocation's encoding, the first one having ordinal header.seq."""
+
+BODIES: dict[Type, type] = {
+    Type.HELLO: Hello,
+    Type.WELCOME: Welcome,
+    Type.REQUEST: Request,
+    Type.REPLY: Reply,
+    Type.INVOKE: Invoke,
+    Type.WANT: Want,
+    Type.OUTPUT: list[bytes],
+    Type.DONE: Done,
+    Type.FAILED: Failed,
+    Type.REFUSED: Refused,
+    Type.GRANT: Grant,
+    Type.ADOPTED: Adopted,
+    Type.START: Start,
+    Type.STOP: Stop,
+    Type.CHECK: Check,
+    Type.CHECKED: Checked,
+    Type.INGEST: Ingest,
+    Type.INGESTED: Ingested,
+    Type.INSTANCE: InstanceReport,
+    Type.NODE: NodeStats,
+    Type.PROGRESS: Progress,
+    Type.BUNDLE_GET: BundleGet,
+    Type.BUNDLE_PART: BundlePart,
+    Type.ROUTES: Routes,
+    Type.ROUTES_DELTA: RoutesDelta,
+    Type.DEMAND: Demand,
+    Type.TARGET_FAILED: TargetFailed,
+    Type.READY: Ready,
+    Type.START_FAILED: StartFailed,
+    Type.LOG: Log,
+    Type.SHUTDOWN: Shutdown,
+}
+"""Types that are not here have no body."""
