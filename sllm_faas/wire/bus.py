@@ -225,7 +225,9 @@ class Router(_Socket):
             raise BadSpec(f"cannot listen on {endpoint}: {error}", hint="Is another one running?") from None
         if endpoint.startswith("ipc://"):
             Path(endpoint[len("ipc://") :]).chmod(mode)
-        self.endpoint = self._zmq.last_endpoint.rstrip(b"\0").decode()
+        bound = self._zmq.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        self.endpoint = bound.rstrip(b"\0").decode()
         self._start()
 
     def _deliver(self, parts: Parts) -> None:
