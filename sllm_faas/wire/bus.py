@@ -77,12 +77,15 @@ def check_endpoint(endpoint: str, curve: bool) -> None:
 
 class _Socket(ABC):
     def __init__(self, kind: int) -> None:
-        self._zmq: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-        self._zmq.linger = 0
-        self._zmq.sndhwm = self._zmq.rcvhwm = HIGH_WATER
-        self._zmq.maxmsgsize = MAX_FRAME
+        self._zmq: zmq.SyncSocket = zmq.Context.instance().socket(kind)
+        self._zmq.setsockopt(zmq.LINGER, 0)
+        self._zmq.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        self._zmq.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self._zmq.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self._loop = asyncio.get_running_loop()
-        self._fd = self._zmq.fd
+        descriptor = self._zmq.getsockopt(zmq.FD)
+        assert isinstance(descriptor, int)
+        self._fd = descriptor
         self._reading = False
         self._scheduled = False
         self._closed = False
@@ -117,7 +120,9 @@ class _Socket(ABC):
 
     def _sent(self) -> None:
         # A send may consume the descriptor's edge for a message that has just become readable.
-        if self._zmq.events & zmq.POLLIN:
+        events = self._zmq.getsockopt(zmq.EVENTS)
+        assert isinstance(events, int)
+        if events & zmq.POLLIN:
             self._schedule()
 
     @abstractmethod
@@ -150,13 +155,13 @@ class Dealer(_Socket):
         self.endpoint = endpoint
         self._on_message = on_message
         self._outbox: deque[Parts] = deque()
-        self._zmq.identity = identity
-        self._zmq.reconnect_ivl = 50
-        self._zmq.reconnect_ivl_max = 1000
+        self._zmq.setsockopt(zmq.IDENTITY, identity)
+        self._zmq.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._zmq.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         if keys and server_key:
-            self._zmq.curve_publickey = keys.public.encode()
-            self._zmq.curve_secretkey = keys.secret.encode()
-            self._zmq.curve_serverkey = server_key.encode()
+            self._zmq.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+            self._zmq.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            self._zmq.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
         self._zmq.connect(endpoint)
         self._start()
 
@@ -211,13 +216,13 @@ class Router(_Socket):
         super().__init__(zmq.ROUTER)
         self._on_message = on_message
         self._outbox: dict[bytes, deque[Parts]] = {}
-        self._zmq.router_mandatory = True
-        self._zmq.router_handover = True
+        self._zmq.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._zmq.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys:
-            self._zmq.curve_server = True
-            self._zmq.curve_publickey = keys.public.encode()
-            self._zmq.curve_secretkey = keys.secret.encode()
-            self._zmq.zap_domain = b"sllm"
+            self._zmq.setsockopt(zmq.CURVE_SERVER, 1)
+            self._zmq.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+            self._zmq.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            self._zmq.setsockopt(zmq.ZAP_DOMAIN, b"sllm")
         try:
             self._zmq.bind(endpoint)
         except zmq.ZMQError as error:
