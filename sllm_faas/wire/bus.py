@@ -83,7 +83,7 @@ class _Socket(ABC):
         self._zmq.setsockopt(zmq.RCVHWM, HIGH_WATER)
         self._zmq.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self._loop = asyncio.get_running_loop()
-        descriptor = self._zmq.getsockopt(zmq.FD)
+        descriptor: object = self._zmq.getsockopt(zmq.FD)
         assert isinstance(descriptor, int)
         self._fd = descriptor
         self._reading = False
