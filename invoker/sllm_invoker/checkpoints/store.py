@@ -229,8 +229,8 @@ class CheckpointStore:
             finally:
                 os.close(handle)
 
-    def _digests(self) -> list[str]:
-        return sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name))
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name)))
 
     def _refs(self) -> dict[str, str]:
         refs = self.root / "refs"
