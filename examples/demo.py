@@ -81,7 +81,8 @@ def stream(url: str, token: str, prompt: str, count: int) -> str:
     if numbers != list(range(start, start + len(numbers))) or len(numbers) < count - 2:
         raise SystemExit(f"\nthe stream was cut, repeated or altered: {numbers}")
     print(
-        f"\n-> {len(numbers)} numbers in order; first token after {first * 1000:.0f} ms, all after {whole * 1000:.0f} ms"
+        f"\n-> {len(numbers)} numbers in order; "
+        f"first token after {first * 1000:.0f} ms, all after {whole * 1000:.0f} ms"
     )
     return invocation
 
