@@ -17,6 +17,7 @@ VERSION: Table = {
     ("checking", "passed"): "warming",
     ("checking", "failed"): "failed",
     ("checking", "superseded"): "failed",
+    ("checking", "unchanged"): "absent",
     ("warming", "activated"): "ready",
     ("warming", "failed"): "failed",
     ("warming", "superseded"): "failed",

@@ -1,0 +1,47 @@
+"""How many instances of a target there should be. Pure arithmetic over numbers and clocks; decides, does nothing.
+
+    desired   what the demand of this moment asks for
+    held      the most that was asked for within a window, so a dip does not stop what is needed again soon
+
+An instance stays while `held(scaledown_window)` asks for it, and for `scaledown_window` after it became ready. A
+start is cancelled when `held(START_HOLD)` does not ask for it any more: nobody waits, it would serve no one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sllm_faas.spec import Scaling
+
+START_HOLD = 1.0
+"""Seconds for which a start survives the demand that asked for it. Keeps a demand that flickers from making starts
+that never finish; short, because a start that serves nobody holds memory and bandwidth others wait for."""
+
+BACKOFF_LIMIT = 60.0
+CRASH_WINDOW = 10.0
+"""An instance that fails within this many seconds of ready counts as a crash: the next start waits."""
+
+Peak = tuple[float, int]
+"""(until, desired): this many were asked for until that time."""
+
+
+def desired(scaling: Scaling, concurrency: int, waiting: int, running: int) -> int:
+    """clamp(ceil((waiting + running) / concurrency) + buffer, min, max); the buffer only while there is any load."""
+    load = waiting + running
+    wanted = -(-load // concurrency) + (scaling.buffer_containers if load else 0)
+    return max(scaling.min_containers, min(scaling.max_containers, wanted))
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after the k-th failure in a row: 1, 2, 4 … 60; none before the first."""
+    return min(BACKOFF_LIMIT, float(2 ** min(failures - 1, 10))) if failures > 0 else 0.0
+
+
+def note_peak(peaks: Sequence[Peak], now: float, before: int, window: float) -> list[Peak]:
+    """The peaks after `before` stopped being the desired number at `now`; older and lower ones tell nothing more."""
+    return [(until, value) for until, value in peaks if value > before and until + window > now] + [(now, before)]
+
+
+def held(peaks: Iterable[Peak], now: float, current: int, window: float) -> int:
+    """The highest desired number within the last `window` seconds, the current one included."""
+    return max([current, *(value for until, value in peaks if until + window > now)])

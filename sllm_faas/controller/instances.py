@@ -1,0 +1,241 @@
+"""What happens to instances: reports taken in, starts timed and learned from, failures counted, the lost let go.
+
+Part of the machine (`state.Machine`), which calls it; decisions on how many there should be are `scaling`'s.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import cast
+
+from sllm_faas.controller import autoscale, estimate, tables
+from sllm_faas.controller.commands import Advance, Command, DeployEnded, SendStop, StartEnded, StoreActivation, StoreFailure
+from sllm_faas.controller.ledger import Ledger
+from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord, Version, key_of
+from sllm_faas.controller.scaling import Scaler, libs_of
+from sllm_faas.errors import ErrorInfo, StartFailed, to_info
+from sllm_faas.spec import Target
+from sllm_faas.wire.messages import InstanceReport, Stop
+
+RECORDS = 20
+"""Starts remembered per function."""
+FORGET_FAILURES = 120.0
+"""Seconds after the last failure's back-off when the count starts anew."""
+UNKNOWN_MEMORY = 256
+"""MiB charged for an adopted instance whose function is not known any more."""
+
+
+class Instances:
+    def __init__(self, ledger: Ledger, scaler: Scaler) -> None:
+        self.ledger = ledger
+        self.scaler = scaler
+        self.state = ledger.state
+
+    # -- reports ---------------------------------------------------------------------------------------------
+
+    def take_reports(self, node: Node, reports: Sequence[InstanceReport], now: float, out: list[Command]) -> None:
+        """All instances of a node: ours that are not among them are gone."""
+        there = {report.instance for report in reports}
+        for instance in self.ledger.on_node(node.name):
+            if instance.id not in there:
+                self._end(instance, "lost", None, now, out)
+        for report in reports:
+            self.take(node, report, now, out)
+
+    def take(self, node: Node, report: InstanceReport, now: float, out: list[Command]) -> None:
+        instance = self.state.instances.get(report.instance)
+        if instance is None:
+            if report.state not in ("stopped", "failed"):
+                self._adopt(node, report, now, out)
+            return
+        if instance.node != node.name:
+            return  # an id of another node's instance: not its to speak for
+        before = instance.state
+        after = tables.move(tables.INSTANCE, f"instance {instance.id}", before, report.state)
+        if after in ("stopped", "failed"):
+            self._note(instance, report)
+            self._end(instance, after, report.error, now, out)
+            return
+        instance.state = cast(InstanceState, after)
+        self._note(instance, report)
+        if after == "ready" and before != "ready":
+            self._became_ready(node, instance, now, out)
+        self.ledger.touch(instance.target)
+
+    def _note(self, instance: Instance, report: InstanceReport) -> None:
+        instance.number = report.number or instance.number
+        instance.pid = report.pid or instance.pid
+        instance.running = report.running
+        instance.concurrency = report.concurrency
+        if report.warmth != "cold" or report.timeline.spans:
+            instance.warmth = report.warmth
+        if report.timeline.spans:
+            instance.timeline = report.timeline
+
+    def _adopt(self, node: Node, report: InstanceReport, now: float, out: list[Command]) -> None:
+        """It runs there and we did not know, because we or the link were down. What nobody wants is stopped."""
+        state = tables.move(tables.INSTANCE, f"instance {report.instance}", "absent", report.state)
+        spec = self.ledger.function(report.target)
+        digest = spec.checkpoint.digest if spec and spec.checkpoint else ""
+        self.state.created += 1
+        instance = Instance(
+            id=report.instance,
+            seq=self.state.created,
+            target=report.target,
+            node=node.name,
+            state=cast(InstanceState, state),
+            asked=now,
+            memory_mb=spec.memory_mb if spec else UNKNOWN_MEMORY,
+            digest=digest,
+            size=self.state.sizes.get(digest, 0),
+            why="found running",
+            adopted=True,
+            ready=now if state == "ready" else None,
+        )
+        self._note(instance, report)
+        self.ledger.add_instance(instance)
+        self._warm_layers(node, instance.target)
+        if self.scaler.mode(report.target) == "gone" and state != "draining":
+            instance.state = "draining"
+            instance.stopping = "its version is gone"
+            out.append(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
+
+    def _became_ready(self, node: Node, instance: Instance, now: float, out: list[Command]) -> None:
+        instance.ready = now
+        record = self.ledger.target(instance.target)
+        if record.error is not None:
+            record.error, record.failures, record.retry_at = None, 0, 0.0
+        self._warm_layers(node, instance.target)
+        if instance.digest and instance.digest not in node.checkpoints:
+            bisect.insort(node.checkpoints, instance.digest)
+        if instance.adopted:
+            return
+        instance.actual = now - instance.asked
+        estimate.learn(
+            self.state.book,
+            node=node.name,
+            function=f"{instance.target.app}/{instance.target.function}",
+            warmth=instance.warmth,
+            tier=instance.tier,
+            size=instance.size,
+            timeline=instance.timeline,
+            predicted=instance.predicted,
+            actual=instance.actual,
+        )
+        self._remember(instance, "ready", None, now, out)
+
+    def _warm_layers(self, node: Node, target: Target) -> None:
+        spec = self.ledger.function(target)
+        if spec is None:
+            return
+        template, libs = f"{target.app}/{target.function}@{target.version}", libs_of(spec)
+        if template not in node.templates:
+            bisect.insort(node.templates, template)
+        if libs not in node.libs:
+            bisect.insort(node.libs, libs)
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    def lose_all(self, node: Node, now: float, out: list[Command]) -> None:
+        for instance in self.ledger.on_node(node.name):
+            self._end(instance, "lost", None, now, out)
+
+    def _end(self, instance: Instance, outcome: str, error: ErrorInfo | None, now: float, out: list[Command]) -> None:
+        before = instance.state
+        tables.move(tables.INSTANCE, f"instance {instance.id}", before, outcome)
+        self.ledger.remove_instance(instance)
+        if instance.ready is None and not instance.adopted:
+            self._remember(instance, outcome, error, now, out)
+        if before == "draining" or outcome == "lost":
+            return
+        if before in ("requested", "starting"):
+            if error is None:
+                error = to_info(StartFailed(f"the instance of {instance.target} {outcome} while it was starting"))
+            self._count_start_failure(instance, error, now, out)
+        elif outcome == "failed":
+            self._count_crash(instance, now)
+
+    def _count_start_failure(self, instance: Instance, error: ErrorInfo, now: float, out: list[Command]) -> None:
+        record = self.ledger.target(instance.target)
+        record.failures += 1
+        record.error = error
+        record.told = []
+        self._hold_back(instance, autoscale.backoff(record.failures), now)
+        version = self.ledger.version(instance.target.app, instance.target.version)
+        if version is not None and version.state == "warming" and not version.storing:
+            self.fail_warming(version, error, out)
+
+    def _count_crash(self, instance: Instance, now: float) -> None:
+        """It was ready and died. The first time it may come back at once; one that dies young again waits."""
+        record = self.ledger.target(instance.target)
+        young = instance.ready is not None and now - instance.ready < autoscale.CRASH_WINDOW
+        record.failures = record.failures + 1 if young else 0
+        self._hold_back(instance, autoscale.backoff(record.failures - 1), now)
+
+    def _hold_back(self, instance: Instance, seconds: float, now: float) -> None:
+        record = self.ledger.target(instance.target)
+        record.retry_at = now + seconds
+        record.forget_at = record.retry_at + FORGET_FAILURES
+        if record.failures:
+            self.ledger.wake_target(record, record.retry_at)
+
+    def _remember(self, instance: Instance, outcome: str, error: ErrorInfo | None, now: float, out: list[Command]) -> None:
+        actual = now - instance.asked
+        function = f"{instance.target.app}/{instance.target.function}"
+        entry = StartRecord(
+            instance=instance.id,
+            node=instance.node,
+            version=instance.target.version,
+            outcome=outcome,
+            warmth=instance.warmth,
+            tier=instance.tier,
+            predicted=instance.predicted,
+            actual=actual,
+            why=instance.why,
+            at=now,
+            timeline=instance.timeline,
+            error=error,
+        )
+        self.state.history[function] = [entry, *self.state.history.get(function, [])][:RECORDS]
+        out.append(StartEnded(instance.id, instance.node, outcome, instance.predicted, actual))
+
+    # -- deployments that wait for their first instances -----------------------------------------------------
+
+    def check_warm(self, key: str, out: list[Command]) -> None:
+        """Called after a target was reconciled: it may have been the last its version waited for."""
+        record = self.state.targets.get(key)
+        if record is not None:
+            version = self.ledger.version(record.target.app, record.target.version)
+            if version is not None:
+                self.check_version_warm(version, out)
+
+    def check_version_warm(self, version: Version, out: list[Command]) -> None:
+        """Ask for the switch once every function with `min_containers` has an instance that is ready."""
+        if version.state != "warming" or version.storing:
+            return
+        for spec in version.spec.functions:
+            if spec.scaling.min_containers and not any(p.required for p in spec.parameters):
+                key = key_of(Target(version.app, spec.name, version.number))
+                record = self.state.targets.get(key)
+                if record is not None and record.error is not None and record.error.code == "no_capacity":
+                    self.fail_warming(version, record.error, out)
+                    return
+                if not any(instance.state == "ready" for instance in self.ledger.live(key)):
+                    return
+        version.storing = True
+        sizes = {digest: self.state.sizes.get(digest, 0) for digest in version.digests.values()}
+        out.append(Advance(version.app, version.number, "switch", "switching to it"))
+        out.append(StoreActivation(version.app, version.number, dict(version.digests), sizes))
+
+    def fail_warming(self, version: Version, error: ErrorInfo, out: list[Command]) -> None:
+        """Its first instance did not start: the deployment has failed, what serves goes on."""
+        name = f"version {version.app}@{version.number}"
+        after = tables.move(tables.VERSION, name, version.state, "failed")
+        assert after == "failed"
+        version.state, version.error = "failed", error
+        app = self.state.apps[version.app]
+        app.pending = 0
+        self.ledger.dirty.update(k for k, record in self.state.targets.items() if record.target.app == app.name)
+        out.append(StoreFailure(app.name, version.number, error))
+        out.append(DeployEnded(app.name, version.number, app.active, error))

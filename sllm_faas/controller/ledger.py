@@ -1,0 +1,249 @@
+"""The state with everything that follows from it, kept in step by paired verbs.
+
+Not a decision-maker: `state.Machine` and `scaling.Scaler` decide and write here. Invariant, checked by `validate()`:
+the indexes are exactly what a scan of the state would give.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sllm_faas.controller import tables
+from sllm_faas.controller.model import App, Gateway, Instance, Node, State, TargetState, Version, key_of
+from sllm_faas.spec import FunctionSpec, Target
+from sllm_faas.wire.messages import TargetDemand
+
+MIB = 1024 * 1024
+
+
+class Ledger:
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.dirty: set[str] = set()
+        """Keys of targets to look at before the event is over."""
+        self._by_target: dict[str, set[str]] = {}
+        self._by_node: dict[str, set[str]] = {}
+        self._demand: dict[str, dict[str, TargetDemand]] = {}
+        self._private: dict[str, int] = {}
+        self._shared: dict[str, dict[str, int]] = {}
+        """Node -> digest -> instances that share it."""
+        for instance in state.instances.values():
+            self._index(instance)
+        for gateway in state.gateways.values():
+            for key, item in gateway.demand.items():
+                self._demand.setdefault(key, {})[gateway.name] = item
+
+    # -- versions --------------------------------------------------------------------------------------------
+
+    def version(self, app: str, number: int) -> Version | None:
+        found = self.state.apps.get(app)
+        return found.versions.get(number) if found else None
+
+    def function(self, target: Target) -> FunctionSpec | None:
+        """The spec an instance of `target` runs, its checkpoint's digest filled in."""
+        version = self.version(target.app, target.version)
+        return resolve(version, target.function) if version else None
+
+    def versions(self) -> Iterable[tuple[App, Version]]:
+        return ((app, version) for app in self.state.apps.values() for version in app.versions.values())
+
+    # -- instances -------------------------------------------------------------------------------------------
+
+    def add_instance(self, instance: Instance) -> None:
+        self.state.instances[instance.id] = instance
+        self._index(instance)
+        self.touch(instance.target)
+
+    def remove_instance(self, instance: Instance) -> None:
+        """Its memory is back; whoever waited for room is looked at again."""
+        del self.state.instances[instance.id]
+        self._unindex(instance)
+        self.touch(instance.target)
+        self.dirty.update(self.state.blocked)
+
+    def instances_of(self, key: str) -> list[Instance]:
+        """In order of creation."""
+        return self._ordered(self._by_target.get(key, ()))
+
+    def live(self, key: str) -> list[Instance]:
+        return [instance for instance in self.instances_of(key) if instance.state in tables.LIVE]
+
+    def on_node(self, node: str) -> list[Instance]:
+        return self._ordered(self._by_node.get(node, ()))
+
+    def _ordered(self, ids: Iterable[str]) -> list[Instance]:
+        return sorted((self.state.instances[name] for name in ids), key=lambda instance: instance.seq)
+
+    def _index(self, instance: Instance) -> None:
+        self._by_target.setdefault(key_of(instance.target), set()).add(instance.id)
+        self._by_node.setdefault(instance.node, set()).add(instance.id)
+        self._private[instance.node] = self._private.get(instance.node, 0) + instance.memory_mb
+        if instance.digest:
+            shared = self._shared.setdefault(instance.node, {})
+            shared[instance.digest] = shared.get(instance.digest, 0) + 1
+
+    def _unindex(self, instance: Instance) -> None:
+        _discard(self._by_target, key_of(instance.target), instance.id)
+        _discard(self._by_node, instance.node, instance.id)
+        self._private[instance.node] -= instance.memory_mb
+        if not self._private[instance.node] and instance.node not in self._by_node:
+            del self._private[instance.node]
+        if instance.digest:
+            shared = self._shared[instance.node]
+            shared[instance.digest] -= 1
+            if not shared[instance.digest]:
+                del shared[instance.digest]
+            if not shared:
+                del self._shared[instance.node]
+
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def used_mb(self, node: str) -> int:
+        """Private memory of all instances there, and each checkpoint they attach once."""
+        return self._private.get(node, 0) + sum(self.size_mb(digest) for digest in self._shared.get(node, ()))
+
+    def shares(self, node: str, digest: str) -> int:
+        """Instances on the node that have the checkpoint attached, or soon will."""
+        return self._shared.get(node, {}).get(digest, 0)
+
+    def size_mb(self, digest: str) -> int:
+        return -(-self.state.sizes.get(digest, 0) // MIB)
+
+    def gives_back(self, instances: Iterable[Instance]) -> int:
+        """MiB that the end of all of these (of one node) would free."""
+        total, ending = 0, dict[str, int]()
+        for instance in instances:
+            total += instance.memory_mb
+            if instance.digest:
+                ending[instance.digest] = ending.get(instance.digest, 0) + 1
+                if ending[instance.digest] == self.shares(instance.node, instance.digest):
+                    total += self.size_mb(instance.digest)
+        return total
+
+    # -- demand ----------------------------------------------------------------------------------------------
+
+    def set_demand(self, gateway: Gateway, item: TargetDemand) -> None:
+        key = key_of(item.target)
+        if item.waiting or item.running:
+            gateway.demand[key] = item
+            self._demand.setdefault(key, {})[gateway.name] = item
+        else:
+            self._clear_demand(gateway, key)
+        target = self.target(item.target)
+        if gateway.name in target.told:
+            target.told.remove(gateway.name)
+        self.touch(item.target)
+
+    def drop_gateway(self, gateway: Gateway) -> None:
+        """Its leases end: what it waited for and ran is nobody's demand any more."""
+        for key, item in list(gateway.demand.items()):
+            self._clear_demand(gateway, key)
+            self.touch(item.target)
+        for target in self.state.targets.values():
+            if gateway.name in target.told:
+                target.told.remove(gateway.name)
+        del self.state.gateways[gateway.name]
+
+    def _clear_demand(self, gateway: Gateway, key: str) -> None:
+        gateway.demand.pop(key, None)
+        owners = self._demand.get(key)
+        if owners is not None:
+            owners.pop(gateway.name, None)
+            if not owners:
+                del self._demand[key]
+
+    def demand(self, key: str) -> dict[str, TargetDemand]:
+        """By gateway."""
+        return self._demand.get(key, {})
+
+    def load(self, key: str) -> tuple[int, int]:
+        """(waiting, running) over all gateways."""
+        items = self._demand.get(key, {}).values()
+        return sum(item.waiting for item in items), sum(item.running for item in items)
+
+    # -- targets and time ------------------------------------------------------------------------------------
+
+    def target(self, target: Target) -> TargetState:
+        """Its record, made when there is none."""
+        key = key_of(target)
+        found = self.state.targets.get(key)
+        if found is None:
+            found = self.state.targets[key] = TargetState(target)
+        return found
+
+    def touch(self, target: Target) -> None:
+        self.target(target)
+        self.dirty.add(key_of(target))
+
+    def wake_target(self, record: TargetState, when: float) -> None:
+        """Look at the target again at `when`, or before."""
+        if record.alarm is None or when < record.alarm:
+            record.alarm = when
+            self.wake(when, f"target|{key_of(record.target)}")
+
+    def wake(self, when: float, what: str) -> None:
+        heapq.heappush(self.state.alarms, (when, what))
+
+    def due(self, now: float) -> list[str]:
+        """What was to be woken by now; taken off."""
+        found = []
+        while self.state.alarms and self.state.alarms[0][0] <= now:
+            found.append(heapq.heappop(self.state.alarms)[1])
+        return found
+
+    def open_nodes(self) -> list[Node]:
+        """Nodes that take new instances."""
+        return [node for node in self.state.nodes.values() if node.state == "up" and not node.cordoned]
+
+    # -- checking --------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raises AssertionError when an index or a relation between records does not hold."""
+        state, fresh = self.state, Ledger(self.state)
+        for name in ("_by_target", "_by_node", "_demand", "_shared"):
+            assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the state gives"
+        assert {k: v for k, v in self._private.items() if v} == {k: v for k, v in fresh._private.items() if v}
+        for instance in state.instances.values():
+            node = state.nodes.get(instance.node)
+            assert node is not None and node.state == "up", f"{instance.id} is on {instance.node}, which is not up"
+            assert instance.state in ("requested", "starting", "ready", "draining"), instance
+            assert key_of(instance.target) in state.targets, f"{instance.id} is of an unknown target"
+            assert (instance.state != "ready") or instance.ready is not None, f"{instance.id} is ready since never"
+        for app in state.apps.values():
+            active = app.versions.get(app.active)
+            assert not app.active or (active is not None and active.state == "ready"), f"{app.name}: active is not ready"
+            pending = app.versions.get(app.pending)
+            assert not app.pending or (pending is not None and pending.state in ("checking", "warming", "ready"))
+            for version in app.versions.values():
+                unfinished = version.state in ("checking", "warming")
+                assert not unfinished or version.number == app.pending, f"{app.name}@{version.number} is nobody's deploy"
+                assert not version.check_node or version.state == "checking"
+                if version.check_node:
+                    assert state.nodes[version.check_node].state == "up", "a check runs on a node that is not up"
+        for node in state.nodes.values():
+            promised = sum(i.memory_mb for i in self.on_node(node.name) if not i.adopted)
+            assert not node.info.memory_mb or promised <= node.info.memory_mb, f"{node.name} is overcommitted"
+        for key in state.blocked:
+            assert key in state.targets
+        assert state.blocked == sorted(set(state.blocked))
+        for gateway in state.gateways.values():
+            assert all(item.waiting or item.running for item in gateway.demand.values())
+        for record in state.targets.values():
+            assert all(name in state.gateways for name in record.told), "told a gateway that is gone"
+
+
+def resolve(version: Version, function: str) -> FunctionSpec | None:
+    """A version's function, its checkpoint's digest filled in."""
+    spec = version.spec.function(function)
+    if spec is None or spec.checkpoint is None:
+        return spec
+    digest = version.digests.get(function, spec.checkpoint.digest)
+    return replace(spec, checkpoint=replace(spec.checkpoint, digest=digest))
+
+
+def _discard(index: dict[str, set[str]], key: str, value: str) -> None:
+    index[key].discard(value)
+    if not index[key]:
+        del index[key]

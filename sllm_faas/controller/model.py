@@ -1,0 +1,175 @@
+"""What the controller knows: plain records that can be copied, compared, encoded and read back. No behaviour.
+
+All of it is facts and decisions; whatever can be computed from them (who runs where, memory in use, demand of a
+target) is kept by `ledger.Ledger`, and rebuilt from here. Times are the machine's `now` unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sllm_faas.errors import ErrorInfo
+from sllm_faas.spec import AppSpec, Target, Tier, Timeline, Warmth
+from sllm_faas.wire.messages import NodeInfo, NodeStats, TargetDemand
+
+VersionState = Literal["checking", "warming", "ready", "failed"]
+InstanceState = Literal["requested", "starting", "ready", "draining"]
+NodeState = Literal["up", "lost"]
+
+
+def key_of(target: Target) -> str:
+    """Names a target in the controller's maps. Unlike `str(target)` it holds the parameters whole."""
+    return f"{target.app}/{target.function}@{target.version}#{target.parameters}"
+
+
+@dataclass(slots=True)
+class Version:
+    app: str
+    number: int
+    spec: AppSpec
+    state: VersionState
+    created: float
+    """Unix seconds."""
+    error: ErrorInfo | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    """Function -> digest of its checkpoint, once checked."""
+    check_node: str = ""
+    """The node that runs its import check; empty while none does."""
+    deadline: float = 0.0
+    """Of the check: without a node at first, then of the check itself."""
+    storing: bool = False
+    """Its activation is with the store."""
+
+
+@dataclass(slots=True)
+class App:
+    name: str
+    active: int = 0
+    """The version that serves; 0 for none yet."""
+    pending: int = 0
+    """The version being deployed; 0 for none."""
+    versions: dict[int, Version] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Node:
+    name: str
+    state: NodeState
+    since: float
+    info: NodeInfo
+    life: str = ""
+    cordoned: bool = False
+    draining: bool = False
+    stats: NodeStats | None = None
+    checkpoints: list[str] = field(default_factory=list)
+    """Digests on its disk, sorted."""
+    templates: list[str] = field(default_factory=list)
+    """`app/function@version` that it has started in this life, sorted: their template layer exists."""
+    libs: list[str] = field(default_factory=list)
+    """Sorted lists of libraries, joined by commas, that it has started in this life: their libs layer exists."""
+
+
+@dataclass(slots=True)
+class Instance:
+    id: str
+    seq: int
+    """Order of creation; ties are broken by it."""
+    target: Target
+    node: str
+    state: InstanceState
+    asked: float
+    """When its start was commanded, or when it was adopted."""
+    memory_mb: int
+    digest: str = ""
+    size: int = 0
+    """Bytes of its checkpoint."""
+    predicted: float = 0.0
+    load: float = 0.0
+    """Seconds of checkpoint reading promised to its node while it starts."""
+    warmth: Warmth = "cold"
+    tier: Tier = "disk"
+    why: str = ""
+    adopted: bool = False
+    """Found running: its start was not ours to time."""
+    ready: float | None = None
+    actual: float | None = None
+    number: int = 0
+    concurrency: int = 1
+    pid: int = 0
+    running: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
+    stopping: str = ""
+    """Why it drains."""
+
+
+@dataclass(slots=True)
+class TargetState:
+    target: Target
+    desired: int = 0
+    peaks: list[tuple[float, int]] = field(default_factory=list)
+    failures: int = 0
+    """Starts or fresh instances that failed in a row."""
+    retry_at: float = 0.0
+    forget_at: float = 0.0
+    """When the failures are old enough to be forgotten."""
+    error: ErrorInfo | None = None
+    """Why it cannot start, while that holds: told to those who wait."""
+    told: list[str] = field(default_factory=list)
+    """Gateways that know `error` for the demand they last sent."""
+    waiting_since: float | None = None
+    blocked: str = ""
+    """Why its start has to wait for room."""
+    placement: str = ""
+    """The last choice of a node, explained."""
+    alarm: float | None = None
+
+
+@dataclass(slots=True)
+class Gateway:
+    name: str
+    life: str
+    demand: dict[str, TargetDemand] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StartRecord:
+    """A start that has ended, kept for people."""
+
+    instance: str
+    node: str
+    version: int
+    outcome: str
+    warmth: Warmth
+    tier: Tier
+    predicted: float
+    actual: float
+    why: str
+    at: float
+    timeline: Timeline = field(default_factory=Timeline)
+    error: ErrorInfo | None = None
+
+
+@dataclass(slots=True)
+class State:
+    life: str
+    """Of this controller; part of the ids it gives."""
+    apps: dict[str, App] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    instances: dict[str, Instance] = field(default_factory=dict)
+    targets: dict[str, TargetState] = field(default_factory=dict)
+    gateways: dict[str, Gateway] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Checkpoint digest -> bytes."""
+    book: dict[str, float] = field(default_factory=dict)
+    """What `estimate` has learned."""
+    history: dict[str, list[StartRecord]] = field(default_factory=dict)
+    """`app/function` -> its last starts, newest first."""
+    blocked: list[str] = field(default_factory=list)
+    """Keys of targets that wait for room, sorted."""
+    alarms: list[tuple[float, str]] = field(default_factory=list)
+    """A heap of (when, what): early or stale ones are harmless."""
+    settle_until: float = 0.0
+    """Nothing starts before: after a restart the nodes first tell what they run."""
+    created: int = 0
+    """Instances ever made."""

@@ -1,0 +1,290 @@
+"""Brings a target's instances to the number that is wanted: starts, cancels, stops, back-off, refusals.
+
+One target at a time and idempotent: with nothing changed, looking again commands nothing. What a target is owed
+depends on its version:
+
+    serving      the active version: what `autoscale.desired` says, held over the scale-down window
+    warming      being deployed: its `min_containers`, before it may become active
+    superseded   no longer active: only what still waits for it, no window; else it drains
+    gone         deleted, failed or unknown: nothing; who waits is told so
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from sllm_faas.controller import autoscale, estimate, placement, tables
+from sllm_faas.controller.commands import Command, FailTarget, SendStart, SendStop
+from sllm_faas.controller.ledger import Ledger
+from sllm_faas.controller.model import Instance, Node, TargetState, key_of
+from sllm_faas.errors import NoCapacity, NotFound, to_info
+from sllm_faas.spec import FunctionSpec, Scaling, Target, Tier, Warmth
+from sllm_faas.wire.messages import Start, Stop, TargetFailed
+
+Mode = Literal["serving", "warming", "superseded", "gone"]
+
+
+class Scaler:
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.state = ledger.state
+
+    # -- what is owed ----------------------------------------------------------------------------------------
+
+    def mode(self, target: Target) -> Mode:
+        app = self.state.apps.get(target.app)
+        version = app.versions.get(target.version) if app else None
+        if app is None or version is None or version.spec.function(target.function) is None:
+            return "gone"
+        if app.active == target.version:
+            return "serving"
+        if version.state == "warming":
+            return "warming"
+        return "superseded" if version.state == "ready" else "gone"
+
+    def scaling_of(self, target: Target, spec: FunctionSpec) -> Scaling:
+        """`min_containers` count for the function as it is, not for every set of parameters ever asked for."""
+        return replace(spec.scaling, min_containers=0) if target.parameters else spec.scaling
+
+    def wanted(self, key: str, mode: Mode, spec: FunctionSpec | None) -> int:
+        target = self.state.targets[key].target
+        waiting, running = self.ledger.load(key)
+        if spec is None or mode == "gone":
+            return 0
+        scaling = self.scaling_of(target, spec)
+        if mode == "warming":
+            return scaling.min_containers
+        if mode == "superseded":
+            bare = replace(scaling, min_containers=0, buffer_containers=0)
+            return autoscale.desired(bare, spec.concurrency, waiting, running) if waiting else 0
+        return autoscale.desired(scaling, spec.concurrency, waiting, running)
+
+    # -- one target ------------------------------------------------------------------------------------------
+
+    def reconcile(self, key: str, now: float, out: list[Command]) -> None:
+        record = self.state.targets.get(key)
+        if record is None:
+            return
+        target = record.target
+        mode = self.mode(target)
+        spec = self.ledger.function(target) if mode != "gone" else None
+        window = spec.scaling.scaledown_window if spec is not None and mode in ("serving", "warming") else 0.0
+        waiting, _ = self.ledger.load(key)
+        record.waiting_since = (record.waiting_since if record.waiting_since is not None else now) if waiting else None
+        if record.failures and now >= record.forget_at:
+            record.failures = 0
+        if record.error is not None and now >= record.retry_at:
+            record.error = None
+
+        want = self.wanted(key, mode, spec)
+        if want != record.desired:
+            longest = max(window, autoscale.START_HOLD)
+            record.peaks = autoscale.note_peak(record.peaks, now, record.desired, longest)
+            record.desired = want
+
+        live = self.ledger.live(key)
+        blocked = ""
+        if spec is not None and want > len(live):
+            blocked = self._grow(record, spec, want - len(live), live, now, out)
+        elif len(live) > want:
+            self._shrink(record, window, 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD, live, now, out)
+        self._block(record, key, blocked)
+        if mode == "gone" and waiting:
+            record.error = to_info(NotFound(f"{target} is not deployed (any more)", hint="Deploy the app, or call its serving version."))
+        self._refuse(record, key, now, out)
+        self._release(record, key, now)
+
+    def _grow(
+        self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance], now: float, out: list[Command]
+    ) -> str:
+        """Start what is missing. Returns why it has to wait for room, if it has to."""
+        if now < record.retry_at:
+            self.ledger.wake_target(record, record.retry_at)
+            return ""
+        if now < self.state.settle_until:
+            return "waits for the nodes to report"
+        if record.failures:
+            # After a failure one start is the probe; the others wait for how it ends.
+            missing = min(missing, 1 - sum(instance.state != "ready" for instance in live))
+        for _ in range(missing):
+            candidates = [self._candidate(node, record.target, spec, now) for node in self.ledger.open_nodes()]
+            choice = placement.place(candidates)
+            record.placement = choice.why
+            if isinstance(choice, placement.Placed):
+                self._start(record.target, spec, choice, now, out)
+                continue
+            if isinstance(choice, placement.Evict):
+                for name in choice.instances:
+                    self.stop(self.state.instances[name], f"evicted for {record.target}", None, out)
+            elif choice.never and not live:
+                record.error = to_info(
+                    NoCapacity(
+                        f"{record.target} cannot start: {choice.why}",
+                        hint="Lower memory_mb, or add a bigger node.",
+                    )
+                )
+                record.retry_at = now + autoscale.BACKOFF_LIMIT
+                self.ledger.wake_target(record, record.retry_at)
+            return choice.why
+        return ""
+
+    def _shrink(
+        self, record: TargetState, window: float, hold: float, live: Sequence[Instance], now: float, out: list[Command]
+    ) -> None:
+        """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest."""
+        count = len(live)
+        keep = autoscale.held(record.peaks, now, record.desired, hold)
+        for instance in reversed([instance for instance in live if instance.state != "ready"]):
+            if count <= keep:
+                break
+            self.stop(instance, "nobody waits for it any more", 0.0, out)
+            count -= 1
+        keep = autoscale.held(record.peaks, now, record.desired, window)
+        ready = [instance for instance in live if instance.ready is not None and instance.state == "ready"]
+        rested = [instance for instance in ready if (instance.ready or 0.0) + window <= now]
+        for instance in sorted(rested, key=lambda instance: (instance.running, -(instance.ready or 0.0), -instance.seq)):
+            if count <= keep:
+                break
+            self.stop(instance, f"idle for {window:g} s" if window else "not needed any more", None, out)
+            count -= 1
+        if count > record.desired:
+            times = [until + span for until, _ in record.peaks for span in (hold, window)]
+            times += [(instance.ready or 0.0) + window for instance in ready]
+            later = [when for when in times if when > now]
+            if later:
+                self.ledger.wake_target(record, min(later))
+
+    def _block(self, record: TargetState, key: str, why: str) -> None:
+        record.blocked = why
+        blocked = set(self.state.blocked)
+        if why and key not in blocked:
+            self.state.blocked = sorted(blocked | {key})
+        elif not why and key in blocked:
+            self.state.blocked = sorted(blocked - {key})
+
+    def _refuse(self, record: TargetState, key: str, now: float, out: list[Command]) -> None:
+        """Tell those who wait that nothing will come, once per demand they sent."""
+        if record.error is None or self.ledger.live(key):
+            return
+        waiting = [name for name, item in self.ledger.demand(key).items() if item.waiting and name not in record.told]
+        if waiting:
+            left = max(0.0, record.retry_at - now)
+            error = replace(record.error, retry_after=round(left, 3)) if left else record.error
+            record.told = sorted({*record.told, *waiting})
+            out.append(FailTarget(tuple(sorted(waiting)), TargetFailed(record.target, error)))
+
+    def _release(self, record: TargetState, key: str, now: float) -> None:
+        """Forget a target about which there is nothing to remember."""
+        if record.desired or record.failures or self.ledger.demand(key) or self.ledger.instances_of(key):
+            if record.failures:
+                self.ledger.wake_target(record, max(record.forget_at, now))
+            return
+        if record.error is not None and now < record.retry_at:
+            return
+        self._block(record, key, "")
+        del self.state.targets[key]
+
+    # -- starting and stopping -------------------------------------------------------------------------------
+
+    def _candidate(self, node: Node, target: Target, spec: FunctionSpec, now: float) -> placement.Candidate:
+        ledger, info = self.ledger, node.info
+        digest = spec.checkpoint.digest if spec.checkpoint else ""
+        attached = bool(digest) and ledger.shares(node.name, digest) > 0
+        tier: Tier = "dram" if attached else "disk" if not digest or digest in node.checkpoints else "remote"
+        function = f"{target.app}/{target.function}"
+        guess = estimate.estimate(
+            self.state.book,
+            info.bandwidth,
+            node.name,
+            function,
+            self._warmth(node, target, spec),
+            tier,
+            self.state.sizes.get(digest, 0),
+            self._promised(node, now),
+        )
+        need = spec.memory_mb + (0 if attached else ledger.size_mb(digest))
+        return placement.Candidate(
+            name=node.name,
+            need_mb=need,
+            free_mb=info.memory_mb - ledger.used_mb(node.name) if info.memory_mb else None,
+            total_mb=info.memory_mb,
+            freeing_mb=self._freeing(node),
+            estimate=guess,
+            idle=lambda: self._idle(node, target),
+        )
+
+    def _warmth(self, node: Node, target: Target, spec: FunctionSpec) -> Warmth:
+        if f"{target.app}/{target.function}@{target.version}" in node.templates:
+            return "template"
+        return "libs" if libs_of(spec) in node.libs else "base"
+
+    def _promised(self, node: Node, now: float) -> float:
+        """Seconds until the loads promised to the node are read, as if one after another."""
+        loads = (i for i in self.ledger.on_node(node.name) if i.load and i.state in ("requested", "starting"))
+        return sum(max(0.0, instance.asked + instance.load - now) for instance in loads)
+
+    def _freeing(self, node: Node) -> int:
+        return self.ledger.gives_back(i for i in self.ledger.on_node(node.name) if i.state == "draining")
+
+    def _idle(self, node: Node, target: Target) -> list[placement.Idle]:
+        """Ready instances on the node beyond what their own target wants at this moment."""
+        spare: dict[str, int] = {}
+        found = []
+        for instance in self.ledger.on_node(node.name):
+            key = key_of(instance.target)
+            if instance.state != "ready" or instance.target == target:
+                continue
+            if key not in spare:
+                spare[key] = len(self.ledger.live(key)) - self.state.targets[key].desired
+            if spare[key] > 0:
+                spare[key] -= 1
+                memory = self.ledger.gives_back([instance])
+                found.append(placement.Idle(instance.id, memory, instance.ready or 0.0))
+        return found
+
+    def _start(self, target: Target, spec: FunctionSpec, choice: placement.Placed, now: float, out: list[Command]) -> None:
+        self.state.created += 1
+        guess = choice.estimate
+        digest = spec.checkpoint.digest if spec.checkpoint else ""
+        instance = Instance(
+            id=f"ins-{self.state.life}-{self.state.created}",
+            seq=self.state.created,
+            target=target,
+            node=choice.node,
+            state="requested",
+            asked=now,
+            memory_mb=spec.memory_mb,
+            digest=digest,
+            size=self.state.sizes.get(digest, 0),
+            predicted=guess.total,
+            load=guess.load,
+            warmth=guess.warmth,
+            tier=guess.tier,
+            why=choice.why,
+            concurrency=spec.concurrency,
+        )
+        self.ledger.add_instance(instance)
+        version = self.ledger.version(target.app, target.version)
+        assert version is not None
+        bundle = version.spec.bundle if spec.kind != "llm" else ""
+        out.append(
+            SendStart(choice.node, Start(instance.id, target, spec, bundle, why=choice.why, predicted=round(guess.total, 4)))
+        )
+
+    def stop(self, instance: Instance, why: str, drain: float | None, out: list[Command]) -> None:
+        """Drain it. One that drains already is told again only to end sooner."""
+        before = instance.state
+        after = tables.move(tables.INSTANCE, f"instance {instance.id}", before, "stop")
+        assert after == "draining"
+        if before == "draining" and drain is None:
+            return
+        instance.state = "draining"
+        instance.stopping = instance.stopping or why
+        self.ledger.touch(instance.target)
+        out.append(SendStop(instance.node, Stop(instance.id, drain, why)))
+
+
+def libs_of(spec: FunctionSpec) -> str:
+    return ",".join(sorted(spec.libs)) or ("llm" if spec.kind == "llm" else "")
