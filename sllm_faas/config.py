@@ -61,6 +61,11 @@ def _listen(value: str) -> str:
     return "" if good else "'' or tcp://HOST:PORT"
 
 
+def _node_name(value: str) -> str:
+    good = not value or re.fullmatch(rf"[a-z0-9][a-z0-9-]{{0,{MAX_NODE_NAME - 1}}}", value)
+    return "" if good else f"up to {MAX_NODE_NAME} lower-case letters, digits and '-'"
+
+
 def _memory(value: int) -> str:
     return "" if value == 0 or 64 <= value <= 64 * 1024 * 1024 else "0 (80 % of the machine), or 64 to 67108864 MiB"
 
@@ -89,7 +94,8 @@ class Config:
     orphan_grace: float = _setting(10.0, "seconds a lost gateway's invocations are kept", _between(0.0, 600.0))
     stream_window: int = _setting(1024, "outputs kept for a re-attaching client", _between(1, 1_000_000))
     max_body: int = _setting(MAX_PAYLOAD, "bytes of one HTTP body", _between(1024, MAX_PAYLOAD))
-    join: str = _setting("", "join token of a node of another machine's platform", secret=True)
+    join: str = _setting("", "join token: this machine is a node of another machine's platform", secret=True)
+    node_name: str = _setting("", "name of this node where it joins; default: the host name", _node_name)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "state_dir", Path(os.path.abspath(os.path.expanduser(self.state_dir))))  # noqa: PTH100, PTH111 - resolve() would follow links
@@ -230,26 +236,32 @@ class Config:
 
     def write(self, path: Path) -> None:
         """Atomically, readable by the owner alone."""
-        plain = {**dataclasses.asdict(self), "state_dir": str(self.state_dir)}
-        write_private(path, json.dumps(plain, indent=1).encode())
+        write_private(path, self.to_json().encode())
 
     @classmethod
     def read(cls, path: Path) -> Config:
         """What `write` wrote. Raises BadSpec when it is not that."""
         try:
-            plain = json.loads(path.read_bytes())
-            if not isinstance(plain, dict):
-                raise TypeError("not an object")
-        except (OSError, ValueError, TypeError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise BadSpec(f"configuration {path} cannot be read: {error}", hint="Start with `sllm up`.") from None
-        check_keys(plain, [item.name for item in dataclasses.fields(cls)], str(path))
-        return cls(
-            **{
-                item.name: _typed(item, plain[item.name], str(path))
-                for item in dataclasses.fields(cls)
-                if item.name in plain
-            }
-        )
+        return cls.from_json(text, str(path))
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "state_dir": str(self.state_dir)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Config:
+        """Raises BadSpec, naming `source`."""
+        try:
+            plain = json.loads(text)
+        except ValueError as error:
+            raise BadSpec(f"configuration {source} is not JSON: {error}") from None
+        if not isinstance(plain, dict):
+            raise BadSpec(f"configuration {source} is not a JSON object")
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        check_keys(plain, list(fields), source)
+        return cls(**{name: _typed(fields[name], value, source) for name, value in plain.items()})
 
     def prepare(self) -> None:
         """Make the directories: 0700, because bundles, prompts' caches and sockets are the owner's alone.

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 CONTEXT = ("app", "function", "version", "instance", "invocation", "node")
 FIELDS = ("time", "level", "component", "event", *CONTEXT)
@@ -92,7 +92,12 @@ def bind(component: str, **fields: Any) -> Log:
 # -- set-up --------------------------------------------------------------------------------------------------
 
 
-def setup(level: str = "info", *, file: Path | None = None, stream: TextIO | None = None, human: bool = False) -> None:
+class Writer(Protocol):
+    def write(self, text: str, /) -> Any: ...
+    def flush(self) -> Any: ...
+
+
+def setup(level: str = "info", *, file: Path | None = None, stream: Writer | None = None, human: bool = False) -> None:
     """Send every log line of this process to `file`, or to `stream` (default stdout), and nowhere else.
 
     `level` bounds our own lines; libraries are heard from `warning` on. Calling it again replaces what it did."""

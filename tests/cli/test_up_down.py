@@ -1,0 +1,244 @@
+"""`sllm up --daemon` and `sllm down` with a real supervisor over stand-in processes: locks, ports, restarts, stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sllm_faas import cli
+from sllm_faas.cli import processes, up
+from sllm_faas.config import Config
+
+HERE = Path(__file__).parent
+Sllm = Callable[..., int]
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def config(tmp_path: Path, port: int) -> Config:
+    return Config(state_dir=tmp_path / "state", port=port, invokers=2, gateways=2, shutdown_grace=5.0)
+
+
+@pytest.fixture
+def sllm(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sllm]:
+    """Runs one command line against the test's state directory; whatever is left at the end is killed."""
+    monkeypatch.setattr(up, "SUPERVISOR", [sys.executable, str(HERE / "stub_supervisor.py")])
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("SLLM_"):
+            monkeypatch.delenv(name)
+    config.state_dir.mkdir()
+
+    def run(*args: str) -> int:
+        flags = ["--state-dir", str(config.state_dir)]
+        if args[0] == "up":
+            flags += ["--port", str(config.port), "--invokers", "2", "--gateways", "2", "--shutdown-grace", "5"]
+        return cli.invoke([*args, *flags])
+
+    yield run
+    holder = processes.holder(config)
+    if holder:
+        psutil.Process(holder.pid).kill()
+    processes.end(config, 0.0)
+
+
+def behave(config: Config, **how: str) -> None:
+    (config.state_dir / "behave.json").write_text(
+        json.dumps({name.replace("_", "-"): what for name, what in how.items()})
+    )
+
+
+def starts(config: Config) -> list[tuple[str, int]]:
+    lines = (config.state_dir / "starts.txt").read_text().splitlines()
+    return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether all of them have ended, waiting at most 10 s; a zombie has ended."""
+    waiting = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            waiting.append(os.pidfd_open(pid))
+    try:
+        return all(select.select([pidfd], [], [], 10.0)[0] for pidfd in waiting)
+    finally:
+        for pidfd in waiting:
+            os.close(pidfd)
+
+
+def log(config: Config) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (config.logs_dir / "platform.jsonl").read_text().splitlines()]
+
+
+def test_up_starts_every_part_and_down_leaves_none(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sllm("up", "--daemon") == 0
+    assert config.url in capsys.readouterr().err
+    names = [name for name, _ in starts(config)]
+    assert names[0] == "controller"
+    assert sorted(names[1:]) == ["gateway-0", "gateway-1", "node-0", "node-1"]
+    record = json.loads(config.supervisor_path.read_text())
+    assert record["url"] == config.url
+    assert record["children"] == dict(starts(config))
+    assert Config.read(config.config_path) == config
+
+    assert sllm("down") == 0
+    assert "nothing is left" in capsys.readouterr().out
+    assert gone([record["pid"], *record["children"].values()])
+    assert processes.holder(config) is None
+    assert not config.supervisor_path.exists()
+
+
+def test_secrets_are_the_owners_alone_and_the_token_is_kept(sllm: Sllm, config: Config) -> None:
+    assert sllm("up", "--daemon") == 0
+    token = config.admin_token_path.read_text()
+    assert token.startswith("sllm_")
+    assert len(token.strip()) == 48
+    for path in (config.admin_token_path, config.config_path):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert config.run_dir.stat().st_mode & 0o777 == 0o700
+    assert sllm("down") == 0
+    assert sllm("up", "--daemon") == 0
+    assert config.admin_token_path.read_text() == token
+    assert token.strip() not in (config.logs_dir / "platform.jsonl").read_text()
+
+
+def test_parts_end_gateways_first_and_controller_last(sllm: Sllm, config: Config) -> None:
+    assert sllm("up", "--daemon") == 0
+    assert sllm("down") == 0
+    ended = [str(line["name"]).split("-")[0] for line in log(config) if line["event"] == "ended"]
+    assert ended == ["gateway", "gateway", "node", "node", "controller"]
+
+
+def test_a_second_up_says_who_holds_the_state_directory(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sllm("up", "--daemon") == 0
+    holder = processes.holder(config)
+    assert holder is not None
+    capsys.readouterr()
+    assert sllm("up", "--daemon") == 1
+    said = capsys.readouterr().err
+    assert f"pid {holder.pid}" in said
+    assert "sllm down" in said
+    assert processes.holder(config) == holder
+
+
+def test_a_killed_supervisors_lock_and_processes_are_recovered(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave(config, node_0="deaf")
+    assert sllm("up", "--daemon") == 0
+    earlier = starts(config)
+    record = json.loads(config.supervisor_path.read_text())
+    os.kill(record["pid"], signal.SIGKILL)
+    assert gone([record["pid"]])
+    behave(config)
+    assert sllm("up", "--daemon") == 0
+    assert gone([pid for _, pid in earlier])
+    assert len(starts(config)) == 10
+
+
+def test_down_cleans_up_after_a_killed_supervisor(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave(config, node_0="deaf")
+    assert sllm("up", "--daemon") == 0
+    record = json.loads(config.supervisor_path.read_text())
+    os.kill(record["pid"], signal.SIGKILL)
+    assert gone([record["pid"]])
+    assert sllm("down") == 0
+    assert "No platform runs" in capsys.readouterr().out
+    assert gone(list(record["children"].values()))
+
+
+def test_down_without_a_platform_says_so(sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sllm("down") == 0
+    assert capsys.readouterr().out == f"No platform runs on {config.state_dir}.\n"
+
+
+def test_a_port_in_use_is_named_with_who_has_it(sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", config.port))
+        other.listen()
+        assert sllm("up", "--daemon") == 1
+    said = capsys.readouterr().err
+    assert f"port {config.port} of 127.0.0.1 is in use by pid {os.getpid()}" in said
+    assert "--port" in said
+    assert not (config.state_dir / "starts.txt").exists()
+    assert processes.holder(config) is None
+
+
+def test_a_part_that_dies_while_starting_fails_up_with_what_it_said(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave(config, controller="die")
+    assert sllm("up", "--daemon") == 1
+    said = capsys.readouterr().err
+    assert "controller died while starting (exit status 7)" in said
+    assert "the database is not one" in said
+    assert [name for name, _ in starts(config)] == ["controller"]
+    assert processes.marked(config) == []
+
+
+def test_a_killed_part_is_started_again_and_the_others_stay(sllm: Sllm, config: Config) -> None:
+    assert sllm("up", "--daemon") == 0
+    before = dict(starts(config))
+    victim = psutil.Process(before["gateway-1"])
+    watch = os.open(config.run_dir, os.O_RDONLY)
+    victim.kill()
+    assert gone([victim.pid])
+    os.close(watch)
+    assert sllm("down") == 0  # orderly: the restart, due at once, precedes or is called off by it
+    events = [(line["event"], line.get("name")) for line in log(config)]
+    assert ("died", "gateway-1") in events
+    assert ("restarting", "gateway-1") in events
+    assert [name for name, _ in starts(config)].count("controller") == 1
+
+
+def test_a_part_that_ignores_its_stop_is_killed_when_its_time_is_up(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave(config, node_1="deaf")
+    assert sllm("up", "--daemon") == 0
+    record = json.loads(config.supervisor_path.read_text())
+    assert sllm("down", "--timeout", "0.2") == 0
+    assert "killed it" in capsys.readouterr().out
+    assert gone([record["pid"], *record["children"].values()])
+
+
+def test_a_second_signal_stops_at_once(sllm: Sllm, config: Config) -> None:
+    behave(config, node_1="deaf")
+    assert sllm("up", "--daemon") == 0
+    record = json.loads(config.supervisor_path.read_text())
+    os.kill(record["pid"], signal.SIGTERM)
+    assert gone([record["children"]["gateway-0"], record["children"]["gateway-1"], record["children"]["node-0"]])
+    os.kill(record["pid"], signal.SIGTERM)
+    assert gone([record["pid"], *record["children"].values()])
+    assert processes.holder(config) is None
+
+
+def test_grandchildren_in_sessions_of_their_own_end_too(sllm: Sllm, config: Config) -> None:
+    behave(config, node_0="grandchild")
+    assert sllm("up", "--daemon") == 0
+    marked = [process.pid for process in processes.marked(config)]
+    assert len(marked) == 6
+    assert sllm("down") == 0
+    assert gone(marked)
