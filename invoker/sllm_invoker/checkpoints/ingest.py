@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 import xxhash
+
 from sllm_faas.errors import (
     BadSpec,
     CheckpointCorrupt,
@@ -115,7 +116,7 @@ def ingest(
     """
     if dtype not in DTYPES:
         raise BadSpec(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
-    report = progress or (lambda done, total, stage: None)
+    report = progress or _silent
     report(0, 0, "resolve")
     origin = _resolve(source, revision)
     import transformers
@@ -139,6 +140,10 @@ def ingest(
             store.remember(quick, found.digest)
         store.set_ref(name, found.digest)
         return Ingested(digest=found.digest, name=name, known=True)
+
+
+def _silent(_done: int, _total: int, _stage: str) -> None:
+    pass
 
 
 # -- resolve -------------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def _files(directory: Path) -> tuple[Path, ...]:
         weights = [directory / "model.safetensors"]
     if not weights:
         pickles = [path.name for path in directory.iterdir() if path.suffix in _PICKLES]
-        what = f"only pickled weights ({sorted(pickles)[0]}), which are refused" if pickles else "no weights"
+        what = f"only pickled weights ({min(pickles)}), which are refused" if pickles else "no weights"
         raise BadSpec(f"{directory} has {what}.", hint="Save the model as safetensors.", param="source")
     for path in weights:
         read_header(path)
@@ -202,7 +207,7 @@ def _files(directory: Path) -> tuple[Path, ...]:
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        paths = [index.parent / os.path.basename(name) for name in names]
+        paths = [index.parent / Path(name).name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorrupt(f"{index} is not a safetensors index: {error}.") from error
     for path in paths:
@@ -327,12 +332,13 @@ class _Probe:
 def _probe(model: Any) -> _Probe:
     """One small forward: in which order modules run, what the cache costs, whether the row cache is exact."""
     import torch
+
     from sllm_invoker.runner.engines.rows import cache_bytes_per_token, supports_rows
 
     order: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        def ran(module: Any, args: Any) -> None:
+        def ran(_module: Any, _args: Any) -> None:
             order.setdefault(name, len(order))
 
         return ran
@@ -358,9 +364,7 @@ def _probe(model: Any) -> _Probe:
     )
 
 
-def _write_part(
-    path: Path, model: Any, order: dict[str, int], report: Progress
-) -> tuple[Part, dict[str, str]]:
+def _write_part(path: Path, model: Any, order: dict[str, int], report: Progress) -> tuple[Part, dict[str, str]]:
     """The weights file and the ties. One pass over the bytes."""
     from sllm_invoker.runner.attach import SAFETENSORS_DTYPES, model_tensors
 
@@ -397,8 +401,8 @@ def _write_part(
     with writer:
         writer.write(memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in names:
-            if gap := pads.get(name):
-                writer.write(memoryview(bytes(gap)))
+            if name in pads:
+                writer.write(memoryview(bytes(pads[name])))
             writer.write(_raw_bytes(stored[name][1]))
     part = Part(
         name=path.name,
@@ -438,7 +442,8 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return raw
 
 
 class _HashingWriter:
@@ -487,9 +492,7 @@ def _write_side_files(work: Path, origin: _Origin, model: Any) -> tuple[FileEntr
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                origin.directory, trust_remote_code=False, local_files_only=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(origin.directory, trust_remote_code=False, local_files_only=True)
             tokenizer.save_pretrained(work)
         except Exception as error:  # broken JSON, unknown class, missing vocabulary: many types
             raise CheckpointCorrupt(f"the tokenizer of {origin.name} cannot be loaded: {_line(error)}.") from error

@@ -20,7 +20,6 @@ size, tensors neither overlap nor leave holes, header and manifest agree. Conten
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +29,7 @@ from typing import Annotated, Literal
 import blake3
 import msgspec
 import xxhash
+
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointUnavailable
 
 FORMAT_VERSION = 1
@@ -206,10 +206,10 @@ def open_object(directory: Path) -> CheckpointObject:
         _check_size(directory / file.name, file.bytes)
     for part in manifest.parts:
         _check_part(directory / part.name, part)
-    aliased = {target for target in manifest.ties.values()}
+    aliased = set(manifest.ties.values())
     stored = {tensor.name for part in manifest.parts for tensor in part.tensors}
     if missing := aliased - stored:
-        raise _corrupt(directory / MANIFEST, f"a tie points to a tensor that is not stored: {sorted(missing)[0]}")
+        raise _corrupt(directory / MANIFEST, f"a tie points to a tensor that is not stored: {min(missing)}")
     return CheckpointObject(directory=directory, manifest=manifest)
 
 
@@ -239,7 +239,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise _corrupt(path, "no parts, or no digest")
     names = [entry.name for entry in manifest.files] + [part.name for part in manifest.parts]
     for name in names:
-        if not name or name != os.path.basename(name) or name in (".", ".."):
+        if not name or name != Path(name).name or name in (".", ".."):
             raise _corrupt(path, f"{name!r} is not a plain file name")
     if identity(manifest.layout, manifest.parts, manifest.files) != manifest.digest:
         raise _corrupt(path, "its digest is not that of its contents")
@@ -313,7 +313,7 @@ def _check_part(path: Path, part: Part) -> None:
                 f"{tensor.dtype}{list(tensor.shape)} at {tensor.start}",
             )
     if actual:
-        raise _corrupt(path, f"tensor {sorted(actual)[0]} is not in the manifest")
+        raise _corrupt(path, f"tensor {min(actual)} is not in the manifest")
     if len(part.chunks) != -(-part.bytes // CHUNK_BYTES):
         raise _corrupt(path, f"the manifest has {len(part.chunks)} chunk sums for {part.bytes} bytes")
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
 
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
 from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
@@ -85,9 +85,7 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     part = checkpoint.manifest.parts[0]
     mapping = _map(checkpoint.part_path(), part)
     mapped = time.perf_counter()
-    tensors = {
-        entry.name: _view(mapping, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors
-    }
+    tensors = {entry.name: _view(mapping, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors}
     _assign(skeleton.model, part, tensors, checkpoint.manifest.ties)
     skeleton.model.eval()
     skeleton.checkpoint, skeleton.mapping = checkpoint, mapping

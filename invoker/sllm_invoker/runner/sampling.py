@@ -149,9 +149,7 @@ def _key_words(keys: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDA
     return seeds, np.array([position for _, position in keys], dtype=np.uint64)[:, None]
 
 
-def philox(
-    seeds: NDArray[np.uint64], positions: NDArray[np.uint64], blocks: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def philox(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Philox4x32-10 with key `seeds` (64 bits) and counter (block, 0, position, 0); the arguments broadcast.
 
     Returns the four lanes, [4, *broadcast shape], 32-bit words held in uint64.

@@ -35,7 +35,10 @@ class TextCodec:
     def __init__(self, tokenizer: _Tokenizer, template: str | None, specials: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._specials = dict(specials)
-        self._template = _compile(template) if template is not None else None
+        try:
+            self._template = _compile(template) if template is not None else None
+        except ValueError as error:
+            raise CheckpointCorrupt(f"the chat template is not valid: {error}.") from error
 
     @classmethod
     def load(cls, directory: Path) -> TextCodec:
@@ -67,7 +70,10 @@ class TextCodec:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None) -> str:
         from jinja2 import TemplateError
 
-        compiled = _compile(template) if template is not None else self._template
+        try:
+            compiled = _compile(template) if template is not None else self._template
+        except ValueError as error:
+            raise BadRequest(f"the chat template is not valid: {error}.", param="chat_template") from error
         if compiled is None:
             raise BadRequest(
                 "this model has no chat template.",
@@ -100,7 +106,9 @@ class Detokenizer:
     """Text as it becomes certain: characters whose bytes are still coming are withheld.
 
     Ids are decoded in a window that starts with the ids last shown, because what a decoder makes of an id
-    depends on the one before it (a leading space, say)."""
+    depends on the one before it (a leading space, say). Where bytes never make a character the text may differ
+    from decoding all ids at once, as some decoders then change their mind about earlier bytes; how ids arrive
+    makes no difference even there."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
@@ -250,6 +258,7 @@ class _Slow:
 
 
 def _compile(template: str) -> Any:
+    """Raises ValueError when it is no template."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -268,7 +277,7 @@ def _compile(template: str) -> Any:
     try:
         return environment.from_string(template)
     except TemplateError as error:
-        raise CheckpointCorrupt(f"the chat template is not valid: {error}.") from error
+        raise ValueError(str(error)) from error
 
 
 def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ thread of its own and hands results back to that loop.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence as SequenceOf
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol

@@ -48,7 +48,7 @@ class _Window:
         return max(self.starts) + self.width
 
 
-class _RowLayer(CacheLayerMixin):
+class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's store. Shapes and dtype come from the first keys and values it is given."""
 
     is_sliding = False
@@ -65,7 +65,7 @@ class _RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -106,7 +106,7 @@ class _RowLayer(CacheLayerMixin):
         return sum(store[0, 0].numel() * store.element_size() for store in stores)
 
 
-class RowCache(Cache):
+class RowCache(Cache):  # type: ignore[misc]
     """All layers, and the window that the next forward uses."""
 
     def __init__(self, rows: int, capacity: int) -> None:
@@ -115,16 +115,16 @@ class RowCache(Cache):
         self.window = _Window(0, (0,), 0, None)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self.layers) <= layer_idx:
             self.layers.append(_RowLayer(self))
         return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  every layer is as long
         return max(self.window.starts)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
         return self.get_seq_length() + query_length, 0
 
 
@@ -204,8 +204,9 @@ class Rows:
                     layer.move(source, target, length)
                 else:
                     layer.swap(source, target, length)
-            for pair in (self._handle_at, self._lengths):
-                pair[source], pair[target] = pair[target], pair[source]  # type: ignore[index]
+            at, lengths = self._handle_at, self._lengths
+            at[source], at[target] = at[target], at[source]
+            lengths[source], lengths[target] = lengths[target], lengths[source]
             for row in (source, target):
                 if (handle := self._handle_at[row]) is not None:
                     self._row_of[handle] = row
@@ -274,7 +275,7 @@ def cache_bytes_per_token(model: Any) -> int:
     with torch.inference_mode():
         Forward(model)(torch.tensor([[1, 2, 3, 4]]), cache)
     stored = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(store.numel() * store.element_size() for store in stored if store is not None) // 4
+    return sum(int(store.numel() * store.element_size()) for store in stored if store is not None) // 4
 
 
 def _reserve(rows: int, capacity: int, states: torch.Tensor) -> tuple[mmap.mmap, torch.Tensor]:

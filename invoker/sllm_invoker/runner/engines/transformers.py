@@ -28,87 +28,29 @@ import contextlib
 import inspect
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence as SequenceOf
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from sllm_faas.errors import BadRequest, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
 
+from sllm_faas.errors import BadRequest, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
 from sllm_invoker.runner import attach as attaching
 from sllm_invoker.runner.attach import Skeleton
 from sllm_invoker.runner.sampling import draw
 
-from .base import AttachReport, EngineStats, FinishReason, GenerateRequest, TokenOutput
+from .base import AttachReport, EngineStats, FinishReason, GenerateRequest, Sequence, TokenOutput
 from .compute import Compute
 from .rows import Rows
+from .sequence import Embedding, State, TokenSequence
 from .solo import Solo
 
 DEFAULT_CACHE_BYTES = 1 << 30
 DEFAULT_CACHE_TOKENS = 65536
 STEP_TOKENS = 512
 """Prompt tokens computed between two steps of the running sequences, at most."""
-
-State = Literal["waiting", "filling", "held", "running", "done"]
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class TokenSequence:
-    """A sequence of this engine. `request` is fixed; `speaks`, `cancelled`, `stream` are the loop thread's to
-    write, everything else is the step thread's. `fed` counts tokens in the cache."""
-
-    request: GenerateRequest
-    drawn: list[int]
-    stream: _Stream = field(default_factory=lambda: _Stream())
-    speaks: bool = False
-    cancelled: bool = False
-    state: State = "waiting"
-    handle: int | None = None
-    fed: int = 0
-    logits: torch.Tensor | None = None
-    ready: list[asyncio.Future[None]] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> SequenceOf[int]:
-        return self.drawn
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.drawn)
-
-    def slice(self, start: int, count: int) -> list[int]:
-        """Tokens [start, start + count) of the prompt and the drawn ones together."""
-        prompt, after = self.request.prompt, len(self.request.prompt)
-        return [*prompt[start : start + count], *self.drawn[max(0, start - after) : max(0, start + count - after)]]
-
-    def __repr__(self) -> str:
-        return f"<sequence {self.state} {len(self.request.prompt)}+{len(self.drawn)} tokens, {self.fed} computed>"
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """What the loop thread knows of a sequence: outputs not yet taken, and the end."""
-
-    pending: list[TokenOutput] = field(default_factory=list)
-    error: Exception | None = None
-    ended: bool = False
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def end(self, error: Exception | None) -> None:
-        if not self.ended:
-            self.ended, self.error = True, error
-            self.wake.set()
-
-
-@dataclass(slots=True, eq=False)
-class _Embedding:
-    """Inputs to embed, done one by one between steps."""
-
-    inputs: SequenceOf[SequenceOf[int]]
-    future: asyncio.Future[list[list[float]]]
-    vectors: list[list[float]] = field(default_factory=list)
-
 
 _News = tuple[list[tuple[TokenSequence, TokenOutput]], list[Callable[[], None]]]
 
@@ -141,7 +83,7 @@ class TransformersEngine:
         self._closing = False
         # The step thread's own:
         self._sequences: list[TokenSequence] = []  # by arrival; those done are taken out
-        self._embeddings: deque[_Embedding] = deque()
+        self._embeddings: deque[Embedding] = deque()
         self._outputs: list[tuple[TokenSequence, TokenOutput]] = []
         self._posts: list[Callable[[], None]] = []
         self._steps = 0
@@ -166,8 +108,8 @@ class TransformersEngine:
         await self._ask(sequence, lambda: self._sequences.append(sequence))
         return sequence
 
-    async def extend(self, sequence: TokenSequence, tokens: SequenceOf[int]) -> None:
-        added = list(tokens)
+    async def extend(self, sequence: Sequence, tokens: SequenceOf[int]) -> None:
+        sequence, added = _own(sequence), list(tokens)
         self._check_ids(added, "tokens")
         if sequence.speaks:
             raise BadRequest(f"a sequence that was activated cannot be extended: {sequence!r}.")
@@ -180,7 +122,8 @@ class TransformersEngine:
 
         await self._ask(sequence, join)
 
-    def activate(self, sequence: TokenSequence) -> AsyncIterator[list[TokenOutput]]:
+    def activate(self, sequence: Sequence) -> AsyncIterator[list[TokenOutput]]:
+        sequence = _own(sequence)
         if sequence.speaks:
             raise BadRequest(f"a sequence can be activated once: {sequence!r}.")
         sequence.speaks = True
@@ -204,7 +147,8 @@ class TransformersEngine:
         finally:
             self.cancel(sequence)
 
-    def cancel(self, sequence: TokenSequence) -> None:
+    def cancel(self, sequence: Sequence) -> None:
+        sequence = _own(sequence)
         if not sequence.stream.ended:
             sequence.stream.end(Cancelled("the sequence was cancelled."))
             sequence.cancelled = True  # seen between steps and between pieces of a prefill
@@ -221,7 +165,7 @@ class TransformersEngine:
                     f"an input has {len(ids)} tokens; the model takes {self._max_context}.", param="input"
                 )
         future: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
-        self._send(lambda: self._embeddings.append(_Embedding(inputs, future)))
+        self._send(lambda: self._embeddings.append(Embedding(inputs, future)))
         return await future
 
     def stats(self) -> EngineStats:
@@ -266,7 +210,7 @@ class TransformersEngine:
             raise BadRequest(f"{drawn} tokens are there already and max_tokens is {request.max_tokens}.")
 
     def _check_ids(self, tokens: SequenceOf[int], param: str) -> None:
-        if tokens and not (0 <= min(tokens) and max(tokens) < self._vocabulary):
+        if tokens and (min(tokens) < 0 or max(tokens) >= self._vocabulary):
             raise BadRequest(f"a token id is outside 0 to {self._vocabulary - 1}.", param=param)
 
     async def _ask(self, sequence: TokenSequence, command: Callable[[], None]) -> None:
@@ -370,7 +314,7 @@ class TransformersEngine:
         sequence.state = "running" if sequence.speaks else "held"
         waiters, sequence.ready = sequence.ready, []
         for future in waiters:
-            self._posts.append(lambda future=future: None if future.done() else future.set_result(None))
+            self._posts.append(partial(_resolve, future, None))
 
     def _step(self) -> None:
         """Draw for those just filled, then compute and draw one more token for every running sequence."""
@@ -433,8 +377,8 @@ class TransformersEngine:
         self._remove(sequence)
         waiters, sequence.ready = sequence.ready, []
         for future in waiters:
-            self._posts.append(lambda future=future: None if future.done() else future.set_exception(error))
-        self._posts.append(lambda: sequence.stream.end(error))
+            self._posts.append(partial(_fail, future, error))
+        self._posts.append(partial(sequence.stream.end, error))
 
     def _embed_some(self) -> None:
         budget = STEP_TOKENS
@@ -447,14 +391,12 @@ class TransformersEngine:
                     embedding.vectors.append(self._vector(ids))
             except Exception as error:
                 failure = PlatformError(f"the model failed: {type(error).__name__}: {error}")
-                self._posts.append(lambda e=embedding: None if e.future.done() else e.future.set_exception(failure))
+                self._posts.append(partial(_fail, embedding.future, failure))
                 self._embeddings.popleft()
                 continue
             if embedding.future.cancelled() or len(embedding.vectors) == len(embedding.inputs):
                 self._embeddings.popleft()
-                self._posts.append(
-                    lambda e=embedding: None if e.future.done() else e.future.set_result(e.vectors)
-                )
+                self._posts.append(partial(_resolve, embedding.future, embedding.vectors))
 
     def _vector(self, ids: SequenceOf[int]) -> list[float]:
         """The mean over tokens of the last hidden layer, scaled to length one."""
@@ -502,3 +444,19 @@ def _placed(sequence: TokenSequence) -> int:
     if sequence.handle is None:
         raise PlatformError(f"{sequence!r} has no place in the cache.")
     return sequence.handle
+
+
+def _own(sequence: Sequence) -> TokenSequence:
+    if not isinstance(sequence, TokenSequence):
+        raise BadRequest(f"{sequence!r} is not a sequence of this engine.")
+    return sequence
+
+
+def _resolve(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,113 @@
+"""Binding a checkpoint: exact, in place, complete."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable
+
+import msgspec
+import pytest
+import torch
+from sllm_invoker.checkpoints.object import CheckpointObject
+from sllm_invoker.runner.attach import attach, end_tokens, model_tensors, prepare
+
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
+
+IDS = torch.tensor([[5, 9, 3, 7, 1, 8, 4, 2, 6, 11, 13]])
+
+
+def test_logits_are_bit_equal_to_from_pretrained(architecture, case):
+    expected = case(architecture)
+    skeleton = prepare(expected.checkpoint)
+    attach(skeleton)
+    with torch.inference_mode():
+        assert torch.equal(skeleton.model(IDS).logits, expected.model(IDS).logits)
+
+
+def test_every_tensor_is_a_view_of_the_map(architecture, case):
+    skeleton = prepare(case(architecture).checkpoint)
+    report = attach(skeleton)
+    assert skeleton.mapping is not None
+    start = ctypes.addressof(ctypes.c_char.from_buffer(skeleton.mapping))
+    mapped = range(start, start + len(skeleton.mapping))
+    tensors = list(model_tensors(skeleton.model))
+    assert all(tensor.data_ptr() in mapped for _, _, tensor in tensors if tensor.numel())
+    assert report.bytes == len(mapped)
+
+
+def test_tied_weights_are_one_parameter(case):
+    skeleton = prepare(case("llama-tied").checkpoint)
+    attach(skeleton)
+    assert skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight
+
+
+def test_a_write_to_the_map_stays_in_this_process(case):
+    """Copy-on-write: two attaches of one object do not see each other's writes."""
+    one, other = prepare(case("llama").checkpoint), prepare(case("llama").checkpoint)
+    attach(one)
+    attach(other)
+    before = other.model.model.norm.weight.clone()
+    with torch.no_grad():
+        one.model.model.norm.weight.add_(1.0)
+    assert torch.equal(other.model.model.norm.weight, before)
+
+
+def test_the_skeleton_is_on_meta_until_attached_and_in_eval_mode_after(case):
+    skeleton = prepare(case("llama").checkpoint)
+    assert all(tensor.is_meta for _, _, tensor in model_tensors(skeleton.model))
+    attach(skeleton)
+    assert not skeleton.model.training
+
+
+def _without(checkpoint: CheckpointObject, drop: Callable[[str], bool]) -> CheckpointObject:
+    part = checkpoint.manifest.parts[0]
+    kept = tuple(tensor for tensor in part.tensors if not drop(tensor.name))
+    manifest = dataclasses.replace(checkpoint.manifest, parts=(dataclasses.replace(part, tensors=kept),))
+    return CheckpointObject(checkpoint.directory, manifest)
+
+
+def test_a_tensor_that_stays_on_meta_is_named(case, monkeypatch):
+    checkpoint = case("llama").checkpoint
+    incomplete = _without(checkpoint, lambda name: name == "model.norm.weight")
+    skeleton = prepare(checkpoint)
+    monkeypatch.setattr("sllm_invoker.runner.attach.open_object", lambda directory: incomplete)
+    with pytest.raises(CheckpointIncomplete, match=r"model\.norm\.weight"):
+        attach(skeleton)
+
+
+def test_a_missing_buffer_is_named_too(case, monkeypatch):
+    checkpoint = case("llama").checkpoint
+    incomplete = _without(checkpoint, lambda name: name == "model.rotary_emb.inv_freq")
+    skeleton = prepare(checkpoint)
+    monkeypatch.setattr("sllm_invoker.runner.attach.open_object", lambda directory: incomplete)
+    with pytest.raises(CheckpointIncomplete, match="inv_freq"):
+        attach(skeleton)
+
+
+def test_a_skeleton_of_another_model_is_refused(case):
+    skeleton = prepare(case("llama").checkpoint)
+    with pytest.raises(BadSpec, match="the skeleton is of"):
+        attach(skeleton, case("gpt2").checkpoint.directory)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [3, 4]}, {"eos_token_id": 9}, {3, 4}),
+        ({"eos_token_id": 3}, {}, {3}),
+        ({}, {"eos_token_id": 9}, {9}),
+        (None, {"eos_token_id": None}, set()),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config_first(tmp_path, generation, config, expected):
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_bytes(msgspec.json.encode(generation))
+    assert end_tokens(tmp_path) == expected
+
+
+def test_end_tokens_that_are_not_ids_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointCorrupt, match="neither an id nor a list"):
+        end_tokens(tmp_path)
