@@ -1,0 +1,137 @@
+"""Taking over invocations whose gateway died: ADOPT to every invoker, ADOPTED back, then outputs from where asked.
+
+An invoker keeps a lost gateway's invocations for `orphan_grace`. It may not have noticed the loss yet (three missed
+heartbeats): "owned" is therefore asked again for a while. Invariant: at most one handle per invocation comes of it,
+registered in the same wake-up as ADOPTED, before the outputs that follow it on the link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from sllm_faas.dispatch.invocation import Invocation, State
+from sllm_faas.errors import Conflict, Gone, NotFound, SllmError, Unavailable, WireError
+from sllm_faas.spec import Timeouts
+from sllm_faas.wire import codec
+from sllm_faas.wire.header import Header, Type
+from sllm_faas.wire.messages import Adopted, Invoke
+from sllm_gateway.dispatcher import Dispatcher
+from sllm_gateway.handle import Handle
+
+ANSWER = 2.0
+"""Seconds invokers have to answer."""
+AGAIN = 0.5
+PATIENCE = 5.0
+"""Seconds for which "owned" is asked again: a little more than it takes to notice a lost gateway."""
+
+
+class _Search:
+    """One adoption in progress."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.asked: set[str] = set()
+        self.answers: dict[str, str] = {}
+        self.handle: Handle | None = None
+        self.done = asyncio.Event()
+
+
+class Adoptions:
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._searches: dict[bytes, _Search] = {}
+        dispatcher.adoptions = self.on_adopted
+
+    async def adopt(self, identity: bytes, first: int) -> Handle:
+        """The invocation, from its output `first` on.
+
+        Raises NotFound (no invoker has it), Gone (those outputs are no longer kept), Conflict (its gateway lives, or
+        somebody else adopts it now), Unavailable (no invoker is connected).
+        """
+        if self._dispatcher.handle(identity) is not None or identity in self._searches:
+            raise Conflict("This invocation has a caller already.", hint="Its stream can be read by one client only.")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PATIENCE
+        while True:
+            search = self._searches[identity] = _Search(first)
+            try:
+                await self._ask(identity, search)
+            finally:
+                del self._searches[identity]
+            if search.handle is not None:
+                return search.handle
+            error = _verdict(search)
+            if not isinstance(error, Conflict) or loop.time() > deadline:
+                raise error
+            await asyncio.sleep(AGAIN)
+
+    async def _ask(self, identity: bytes, search: _Search) -> None:
+        search.asked = set(self._dispatcher.linked())
+        if not search.asked:
+            raise Unavailable("No invoker is connected yet.", hint="Try again shortly.", retry_after=1.0)
+        credit = search.first + self._dispatcher.window
+        for node in search.asked:
+            self._dispatcher.send_to(node, [Header(Type.ADOPT, identity, seq=search.first, credit=credit).pack()])
+        try:
+            async with asyncio.timeout(ANSWER):
+                await search.done.wait()
+        except TimeoutError:
+            pass
+
+    def on_adopted(self, node: str, frame: codec.Frame) -> None:
+        header, body = frame.header, frame.body
+        assert isinstance(body, Adopted)
+        search = self._searches.get(header.id)
+        if search is None or search.handle is not None or node not in search.asked:
+            self._dispatcher.drops["unasked_adopted"] += 1
+            return
+        search.answers[node] = body.status
+        if body.status == "found":
+            search.handle = self._take(node, header, body, search.first)
+        if search.handle is not None or len(search.answers) == len(search.asked):
+            search.done.set()
+
+    def _take(self, node: str, header: Header, body: Adopted, first: int) -> Handle | None:
+        dispatcher = self._dispatcher
+        try:
+            invoke = codec.unpack_as(Invoke, body.invoke)
+        except WireError:
+            dispatcher.drops["bad_frame"] += 1
+            return None
+        if body.target is None:
+            dispatcher.drops["bad_frame"] += 1
+            return None
+        route = dispatcher.routes.functions.get((body.target.app, body.target.function))
+        now = dispatcher.clock()
+        inv = Invocation(
+            header.id,
+            body.target,
+            now,
+            method=invoke.method,
+            stream=invoke.stream,
+            encoding=invoke.encoding,
+            timeouts=route.spec.timeouts if route is not None else Timeouts(),
+            fence=header.fence,
+            state=State.STREAMING if first else State.DISPATCHED,
+            wanted=first,
+            consumed=first,
+            credit=first + dispatcher.window,
+        )
+        inv.adopt(now)
+        slot = next((one for one in dispatcher.slots.of(body.target) if one.instance == body.instance), None)
+        return dispatcher.adopt(node, inv, invoke.context, slot)
+
+
+def _verdict(search: _Search) -> SllmError:
+    answers = set(search.answers.values())
+    if "gone" in answers:
+        return Gone(
+            f"Output {search.first} of this invocation is no longer kept.",
+            hint="Re-attach earlier, or raise stream_window.",
+        )
+    if "owned" in answers:
+        return Conflict("This invocation belongs to a gateway that lives.", hint="Its client is still connected there.")
+    if len(search.answers) < len(search.asked):
+        silent = ", ".join(sorted(search.asked - set(search.answers)))
+        return Unavailable(f"{silent} did not answer.", hint="Try again shortly.", retry_after=1.0)
+    return NotFound("No invoker has this invocation.", hint="It has ended, or was not taken over in time.")
