@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import cast
 
 from sllm_faas.controller import autoscale, estimate, tables
-from sllm_faas.controller.commands import Advance, Command, DeployEnded, SendStop, StartEnded, StoreActivation, StoreFailure
+from sllm_faas.controller.commands import (
+    Advance,
+    DeployEnded,
+    SendStop,
+    StartEnded,
+    StoreActivation,
+    StoreFailure,
+)
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord, Version, key_of
 from sllm_faas.controller.scaling import Scaler, libs_of
@@ -34,20 +41,20 @@ class Instances:
 
     # -- reports ---------------------------------------------------------------------------------------------
 
-    def take_reports(self, node: Node, reports: Sequence[InstanceReport], now: float, out: list[Command]) -> None:
+    def take_reports(self, node: Node, reports: Sequence[InstanceReport]) -> None:
         """All instances of a node: ours that are not among them are gone."""
         there = {report.instance for report in reports}
         for instance in self.ledger.on_node(node.name):
             if instance.id not in there:
-                self._end(instance, "lost", None, now, out)
+                self._end(instance, "lost", None)
         for report in reports:
-            self.take(node, report, now, out)
+            self.take(node, report)
 
-    def take(self, node: Node, report: InstanceReport, now: float, out: list[Command]) -> None:
+    def take(self, node: Node, report: InstanceReport) -> None:
         instance = self.state.instances.get(report.instance)
         if instance is None:
             if report.state not in ("stopped", "failed"):
-                self._adopt(node, report, now, out)
+                self._adopt(node, report)
             return
         if instance.node != node.name:
             return  # an id of another node's instance: not its to speak for
@@ -55,12 +62,12 @@ class Instances:
         after = tables.move(tables.INSTANCE, f"instance {instance.id}", before, report.state)
         if after in ("stopped", "failed"):
             self._note(instance, report)
-            self._end(instance, after, report.error, now, out)
+            self._end(instance, after, report.error)
             return
         instance.state = cast(InstanceState, after)
         self._note(instance, report)
         if after == "ready" and before != "ready":
-            self._became_ready(node, instance, now, out)
+            self._became_ready(node, instance)
         self.ledger.touch(instance.target)
 
     def _note(self, instance: Instance, report: InstanceReport) -> None:
@@ -73,7 +80,7 @@ class Instances:
         if report.timeline.spans:
             instance.timeline = report.timeline
 
-    def _adopt(self, node: Node, report: InstanceReport, now: float, out: list[Command]) -> None:
+    def _adopt(self, node: Node, report: InstanceReport) -> None:
         """It runs there and we did not know, because we or the link were down. What nobody wants is stopped."""
         state = tables.move(tables.INSTANCE, f"instance {report.instance}", "absent", report.state)
         spec = self.ledger.function(report.target)
@@ -85,13 +92,13 @@ class Instances:
             target=report.target,
             node=node.name,
             state=cast(InstanceState, state),
-            asked=now,
+            asked=self.ledger.now,
             memory_mb=spec.memory_mb if spec else UNKNOWN_MEMORY,
             digest=digest,
             size=self.state.sizes.get(digest, 0),
             why="found running",
             adopted=True,
-            ready=now if state == "ready" else None,
+            ready=self.ledger.now if state == "ready" else None,
         )
         self._note(instance, report)
         self.ledger.add_instance(instance)
@@ -99,10 +106,10 @@ class Instances:
         if self.scaler.mode(report.target) == "gone" and state != "draining":
             instance.state = "draining"
             instance.stopping = "its version is gone"
-            out.append(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
+            self.ledger.emit(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
 
-    def _became_ready(self, node: Node, instance: Instance, now: float, out: list[Command]) -> None:
-        instance.ready = now
+    def _became_ready(self, node: Node, instance: Instance) -> None:
+        instance.ready = self.ledger.now
         record = self.ledger.target(instance.target)
         if record.error is not None:
             record.error, record.failures, record.retry_at = None, 0, 0.0
@@ -111,7 +118,7 @@ class Instances:
             bisect.insort(node.checkpoints, instance.digest)
         if instance.adopted:
             return
-        instance.actual = now - instance.asked
+        instance.actual = self.ledger.now - instance.asked
         estimate.learn(
             self.state.book,
             node=node.name,
@@ -123,7 +130,7 @@ class Instances:
             predicted=instance.predicted,
             actual=instance.actual,
         )
-        self._remember(instance, "ready", None, now, out)
+        self._remember(instance, "ready", None)
 
     def _warm_layers(self, node: Node, target: Target) -> None:
         spec = self.ledger.function(target)
@@ -137,51 +144,51 @@ class Instances:
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    def lose_all(self, node: Node, now: float, out: list[Command]) -> None:
+    def lose_all(self, node: Node) -> None:
         for instance in self.ledger.on_node(node.name):
-            self._end(instance, "lost", None, now, out)
+            self._end(instance, "lost", None)
 
-    def _end(self, instance: Instance, outcome: str, error: ErrorInfo | None, now: float, out: list[Command]) -> None:
+    def _end(self, instance: Instance, outcome: str, error: ErrorInfo | None) -> None:
         before = instance.state
         tables.move(tables.INSTANCE, f"instance {instance.id}", before, outcome)
         self.ledger.remove_instance(instance)
         if instance.ready is None and not instance.adopted:
-            self._remember(instance, outcome, error, now, out)
+            self._remember(instance, outcome, error)
         if before == "draining" or outcome == "lost":
             return
         if before in ("requested", "starting"):
             if error is None:
                 error = to_info(StartFailed(f"the instance of {instance.target} {outcome} while it was starting"))
-            self._count_start_failure(instance, error, now, out)
+            self._count_start_failure(instance, error)
         elif outcome == "failed":
-            self._count_crash(instance, now)
+            self._count_crash(instance)
 
-    def _count_start_failure(self, instance: Instance, error: ErrorInfo, now: float, out: list[Command]) -> None:
+    def _count_start_failure(self, instance: Instance, error: ErrorInfo) -> None:
         record = self.ledger.target(instance.target)
         record.failures += 1
         record.error = error
         record.told = []
-        self._hold_back(instance, autoscale.backoff(record.failures), now)
+        self._hold_back(instance, autoscale.backoff(record.failures))
         version = self.ledger.version(instance.target.app, instance.target.version)
         if version is not None and version.state == "warming" and not version.storing:
-            self.fail_warming(version, error, out)
+            self.fail_warming(version, error)
 
-    def _count_crash(self, instance: Instance, now: float) -> None:
+    def _count_crash(self, instance: Instance) -> None:
         """It was ready and died. The first time it may come back at once; one that dies young again waits."""
         record = self.ledger.target(instance.target)
-        young = instance.ready is not None and now - instance.ready < autoscale.CRASH_WINDOW
+        young = instance.ready is not None and self.ledger.now - instance.ready < autoscale.CRASH_WINDOW
         record.failures = record.failures + 1 if young else 0
-        self._hold_back(instance, autoscale.backoff(record.failures - 1), now)
+        self._hold_back(instance, autoscale.backoff(record.failures - 1))
 
-    def _hold_back(self, instance: Instance, seconds: float, now: float) -> None:
+    def _hold_back(self, instance: Instance, seconds: float) -> None:
         record = self.ledger.target(instance.target)
-        record.retry_at = now + seconds
+        record.retry_at = self.ledger.now + seconds
         record.forget_at = record.retry_at + FORGET_FAILURES
         if record.failures:
             self.ledger.wake_target(record, record.retry_at)
 
-    def _remember(self, instance: Instance, outcome: str, error: ErrorInfo | None, now: float, out: list[Command]) -> None:
-        actual = now - instance.asked
+    def _remember(self, instance: Instance, outcome: str, error: ErrorInfo | None) -> None:
+        actual = self.ledger.now - instance.asked
         function = f"{instance.target.app}/{instance.target.function}"
         entry = StartRecord(
             instance=instance.id,
@@ -193,24 +200,24 @@ class Instances:
             predicted=instance.predicted,
             actual=actual,
             why=instance.why,
-            at=now,
+            at=self.ledger.now,
             timeline=instance.timeline,
             error=error,
         )
         self.state.history[function] = [entry, *self.state.history.get(function, [])][:RECORDS]
-        out.append(StartEnded(instance.id, instance.node, outcome, instance.predicted, actual))
+        self.ledger.emit(StartEnded(instance.id, instance.node, outcome, instance.predicted, actual))
 
     # -- deployments that wait for their first instances -----------------------------------------------------
 
-    def check_warm(self, key: str, out: list[Command]) -> None:
+    def check_warm(self, key: str) -> None:
         """Called after a target was reconciled: it may have been the last its version waited for."""
         record = self.state.targets.get(key)
         if record is not None:
             version = self.ledger.version(record.target.app, record.target.version)
             if version is not None:
-                self.check_version_warm(version, out)
+                self.check_version_warm(version)
 
-    def check_version_warm(self, version: Version, out: list[Command]) -> None:
+    def check_version_warm(self, version: Version) -> None:
         """Ask for the switch once every function with `min_containers` has an instance that is ready."""
         if version.state != "warming" or version.storing:
             return
@@ -219,16 +226,16 @@ class Instances:
                 key = key_of(Target(version.app, spec.name, version.number))
                 record = self.state.targets.get(key)
                 if record is not None and record.error is not None and record.error.code == "no_capacity":
-                    self.fail_warming(version, record.error, out)
+                    self.fail_warming(version, record.error)
                     return
                 if not any(instance.state == "ready" for instance in self.ledger.live(key)):
                     return
         version.storing = True
         sizes = {digest: self.state.sizes.get(digest, 0) for digest in version.digests.values()}
-        out.append(Advance(version.app, version.number, "switch", "switching to it"))
-        out.append(StoreActivation(version.app, version.number, dict(version.digests), sizes))
+        self.ledger.emit(Advance(version.app, version.number, "switch", "switching to it"))
+        self.ledger.emit(StoreActivation(version.app, version.number, dict(version.digests), sizes))
 
-    def fail_warming(self, version: Version, error: ErrorInfo, out: list[Command]) -> None:
+    def fail_warming(self, version: Version, error: ErrorInfo) -> None:
         """Its first instance did not start: the deployment has failed, what serves goes on."""
         name = f"version {version.app}@{version.number}"
         after = tables.move(tables.VERSION, name, version.state, "failed")
@@ -237,5 +244,5 @@ class Instances:
         app = self.state.apps[version.app]
         app.pending = 0
         self.ledger.dirty.update(k for k, record in self.state.targets.items() if record.target.app == app.name)
-        out.append(StoreFailure(app.name, version.number, error))
-        out.append(DeployEnded(app.name, version.number, app.active, error))
+        self.ledger.emit(StoreFailure(app.name, version.number, error))
+        self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from sllm_faas.controller import tables
+from sllm_faas.controller.commands import Command
 from sllm_faas.controller.model import App, Gateway, Instance, Node, State, TargetState, Version, key_of
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import TargetDemand
@@ -21,6 +22,9 @@ MIB = 1024 * 1024
 class Ledger:
     def __init__(self, state: State) -> None:
         self.state = state
+        self.now = 0.0
+        """The time of the event that is being handled."""
+        self._commands: list[Command] = []
         self.dirty: set[str] = set()
         """Keys of targets to look at before the event is over."""
         self._by_target: dict[str, set[str]] = {}
@@ -34,6 +38,20 @@ class Ledger:
         for gateway in state.gateways.values():
             for key, item in gateway.demand.items():
                 self._demand.setdefault(key, {})[gateway.name] = item
+
+    # -- an event --------------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> None:
+        self.now = now
+        self._commands = []
+
+    def emit(self, command: Command) -> None:
+        self._commands.append(command)
+
+    def end(self) -> list[Command]:
+        """What was commanded since `begin`, in order."""
+        commands, self._commands = self._commands, []
+        return commands
 
     # -- versions --------------------------------------------------------------------------------------------
 
@@ -186,10 +204,10 @@ class Ledger:
     def wake(self, when: float, what: str) -> None:
         heapq.heappush(self.state.alarms, (when, what))
 
-    def due(self, now: float) -> list[str]:
+    def due(self) -> list[str]:
         """What was to be woken by now; taken off."""
         found = []
-        while self.state.alarms and self.state.alarms[0][0] <= now:
+        while self.state.alarms and self.state.alarms[0][0] <= self.now:
             found.append(heapq.heappop(self.state.alarms)[1])
         return found
 
@@ -213,12 +231,16 @@ class Ledger:
             assert (instance.state != "ready") or instance.ready is not None, f"{instance.id} is ready since never"
         for app in state.apps.values():
             active = app.versions.get(app.active)
-            assert not app.active or (active is not None and active.state == "ready"), f"{app.name}: active is not ready"
+            assert not app.active or (active is not None and active.state == "ready"), (
+                f"{app.name}: active is not ready"
+            )
             pending = app.versions.get(app.pending)
             assert not app.pending or (pending is not None and pending.state in ("checking", "warming", "ready"))
             for version in app.versions.values():
                 unfinished = version.state in ("checking", "warming")
-                assert not unfinished or version.number == app.pending, f"{app.name}@{version.number} is nobody's deploy"
+                assert not unfinished or version.number == app.pending, (
+                    f"{app.name}@{version.number} is nobody's deploy"
+                )
                 assert not version.check_node or version.state == "checking"
                 if version.check_node:
                     assert state.nodes[version.check_node].state == "up", "a check runs on a node that is not up"

@@ -87,9 +87,13 @@ def place(candidates: Iterable[Candidate]) -> Placed | Evict | Full:
             return Full(f"waits for memory that is being freed on {node.name}")
     plans = [plan for node in nodes if (plan := _evict(node)) is not None]
     if not plans:
-        return Full(f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB free, and nothing there is idle")
+        return Full(
+            f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB free, and nothing there is idle"
+        )
     _, node, chosen = min(plans, key=lambda plan: (plan[0], plan[1].name))
-    return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {node.need_mb} MiB, then {node.estimate}")
+    return Evict(
+        node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {node.need_mb} MiB, then {node.estimate}"
+    )
 
 
 def _rank(node: Candidate) -> tuple[float, int, str]:

@@ -64,7 +64,8 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
     invocation.list     {app: text | None, limit}             {invocations: [gateways' records], newest first by
                                                               their `began`}; asks every gateway with the same op
 
-A gateway that is asked `invocation.get {id}` answers {invocation: record | None}, for `invocation.list` {invocations: […]}.
+A gateway that is asked `invocation.get {id}` answers {invocation: record | None}; for `invocation.list` it answers
+{invocations: […]}.
 
 Links (both kinds of peer): HELLO is answered by WELCOME, for a gateway then ROUTES. The controller answers
 a frame from a peer that it does not know (it has restarted, or thought the peer lost) with BYE: the peer says HELLO
@@ -168,7 +169,9 @@ class Pull:
     def checkpoint(self) -> CheckpointSpec:
         """Raises BadRequest for a source or dtype that is none."""
         try:
-            return msgspec.convert({"source": self.source, "revision": self.revision, "dtype": self.dtype}, CheckpointSpec)
+            return msgspec.convert(
+                {"source": self.source, "revision": self.revision, "dtype": self.dtype}, CheckpointSpec
+            )
         except msgspec.ValidationError as error:
             raise BadRequest(f"checkpoint.pull: {error}") from None
 

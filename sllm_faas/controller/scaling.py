@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from sllm_faas.controller import autoscale, estimate, placement, tables
-from sllm_faas.controller.commands import Command, FailTarget, SendStart, SendStop
+from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import Instance, Node, TargetState, key_of
 from sllm_faas.errors import NoCapacity, NotFound, to_info
@@ -63,7 +63,7 @@ class Scaler:
 
     # -- one target ------------------------------------------------------------------------------------------
 
-    def reconcile(self, key: str, now: float, out: list[Command]) -> None:
+    def reconcile(self, key: str) -> None:
         record = self.state.targets.get(key)
         if record is None:
             return
@@ -72,7 +72,11 @@ class Scaler:
         spec = self.ledger.function(target) if mode != "gone" else None
         window = spec.scaling.scaledown_window if spec is not None and mode in ("serving", "warming") else 0.0
         waiting, _ = self.ledger.load(key)
-        record.waiting_since = (record.waiting_since if record.waiting_since is not None else now) if waiting else None
+        now = self.ledger.now
+        if not waiting:
+            record.waiting_since = None
+        elif record.waiting_since is None:
+            record.waiting_since = now
         if record.failures and now >= record.forget_at:
             record.failures = 0
         if record.error is not None and now >= record.retry_at:
@@ -87,37 +91,37 @@ class Scaler:
         live = self.ledger.live(key)
         blocked = ""
         if spec is not None and want > len(live):
-            blocked = self._grow(record, spec, want - len(live), live, now, out)
+            blocked = self._grow(record, spec, want - len(live), live)
         elif len(live) > want:
-            self._shrink(record, window, 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD, live, now, out)
+            self._shrink(record, window, 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD, live)
         self._block(record, key, blocked)
         if mode == "gone" and waiting:
-            record.error = to_info(NotFound(f"{target} is not deployed (any more)", hint="Deploy the app, or call its serving version."))
-        self._refuse(record, key, now, out)
-        self._release(record, key, now)
+            record.error = to_info(
+                NotFound(f"{target} is not deployed (any more)", hint="Deploy the app, or call its serving version.")
+            )
+        self._refuse(record, key)
+        self._release(record, key)
 
-    def _grow(
-        self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance], now: float, out: list[Command]
-    ) -> str:
+    def _grow(self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance]) -> str:
         """Start what is missing. Returns why it has to wait for room, if it has to."""
-        if now < record.retry_at:
+        if self.ledger.now < record.retry_at:
             self.ledger.wake_target(record, record.retry_at)
             return ""
-        if now < self.state.settle_until:
+        if self.ledger.now < self.state.settle_until:
             return "waits for the nodes to report"
         if record.failures:
             # After a failure one start is the probe; the others wait for how it ends.
             missing = min(missing, 1 - sum(instance.state != "ready" for instance in live))
         for _ in range(missing):
-            candidates = [self._candidate(node, record.target, spec, now) for node in self.ledger.open_nodes()]
+            candidates = [self._candidate(node, record.target, spec) for node in self.ledger.open_nodes()]
             choice = placement.place(candidates)
             record.placement = choice.why
             if isinstance(choice, placement.Placed):
-                self._start(record.target, spec, choice, now, out)
+                self._start(record.target, spec, choice)
                 continue
             if isinstance(choice, placement.Evict):
                 for name in choice.instances:
-                    self.stop(self.state.instances[name], f"evicted for {record.target}", None, out)
+                    self.stop(self.state.instances[name], f"evicted for {record.target}", None)
             elif choice.never and not live:
                 record.error = to_info(
                     NoCapacity(
@@ -125,34 +129,34 @@ class Scaler:
                         hint="Lower memory_mb, or add a bigger node.",
                     )
                 )
-                record.retry_at = now + autoscale.BACKOFF_LIMIT
+                record.retry_at = self.ledger.now + autoscale.BACKOFF_LIMIT
                 self.ledger.wake_target(record, record.retry_at)
             return choice.why
         return ""
 
-    def _shrink(
-        self, record: TargetState, window: float, hold: float, live: Sequence[Instance], now: float, out: list[Command]
-    ) -> None:
+    def _shrink(self, record: TargetState, window: float, hold: float, live: Sequence[Instance]) -> None:
         """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest."""
         count = len(live)
-        keep = autoscale.held(record.peaks, now, record.desired, hold)
+        keep = autoscale.held(record.peaks, self.ledger.now, record.desired, hold)
         for instance in reversed([instance for instance in live if instance.state != "ready"]):
             if count <= keep:
                 break
-            self.stop(instance, "nobody waits for it any more", 0.0, out)
+            self.stop(instance, "nobody waits for it any more", 0.0)
             count -= 1
-        keep = autoscale.held(record.peaks, now, record.desired, window)
+        keep = autoscale.held(record.peaks, self.ledger.now, record.desired, window)
         ready = [instance for instance in live if instance.ready is not None and instance.state == "ready"]
-        rested = [instance for instance in ready if (instance.ready or 0.0) + window <= now]
-        for instance in sorted(rested, key=lambda instance: (instance.running, -(instance.ready or 0.0), -instance.seq)):
+        rested = [instance for instance in ready if (instance.ready or 0.0) + window <= self.ledger.now]
+        for instance in sorted(
+            rested, key=lambda instance: (instance.running, -(instance.ready or 0.0), -instance.seq)
+        ):
             if count <= keep:
                 break
-            self.stop(instance, f"idle for {window:g} s" if window else "not needed any more", None, out)
+            self.stop(instance, f"idle for {window:g} s" if window else "not needed any more", None)
             count -= 1
         if count > record.desired:
             times = [until + span for until, _ in record.peaks for span in (hold, window)]
             times += [(instance.ready or 0.0) + window for instance in ready]
-            later = [when for when in times if when > now]
+            later = [when for when in times if when > self.ledger.now]
             if later:
                 self.ledger.wake_target(record, min(later))
 
@@ -164,31 +168,31 @@ class Scaler:
         elif not why and key in blocked:
             self.state.blocked = sorted(blocked - {key})
 
-    def _refuse(self, record: TargetState, key: str, now: float, out: list[Command]) -> None:
+    def _refuse(self, record: TargetState, key: str) -> None:
         """Tell those who wait that nothing will come, once per demand they sent."""
         if record.error is None or self.ledger.live(key):
             return
         waiting = [name for name, item in self.ledger.demand(key).items() if item.waiting and name not in record.told]
         if waiting:
-            left = max(0.0, record.retry_at - now)
+            left = max(0.0, record.retry_at - self.ledger.now)
             error = replace(record.error, retry_after=round(left, 3)) if left else record.error
             record.told = sorted({*record.told, *waiting})
-            out.append(FailTarget(tuple(sorted(waiting)), TargetFailed(record.target, error)))
+            self.ledger.emit(FailTarget(tuple(sorted(waiting)), TargetFailed(record.target, error)))
 
-    def _release(self, record: TargetState, key: str, now: float) -> None:
+    def _release(self, record: TargetState, key: str) -> None:
         """Forget a target about which there is nothing to remember."""
         if record.desired or record.failures or self.ledger.demand(key) or self.ledger.instances_of(key):
             if record.failures:
-                self.ledger.wake_target(record, max(record.forget_at, now))
+                self.ledger.wake_target(record, max(record.forget_at, self.ledger.now))
             return
-        if record.error is not None and now < record.retry_at:
+        if record.error is not None and self.ledger.now < record.retry_at:
             return
         self._block(record, key, "")
         del self.state.targets[key]
 
     # -- starting and stopping -------------------------------------------------------------------------------
 
-    def _candidate(self, node: Node, target: Target, spec: FunctionSpec, now: float) -> placement.Candidate:
+    def _candidate(self, node: Node, target: Target, spec: FunctionSpec) -> placement.Candidate:
         ledger, info = self.ledger, node.info
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         attached = bool(digest) and ledger.shares(node.name, digest) > 0
@@ -202,7 +206,7 @@ class Scaler:
             self._warmth(node, target, spec),
             tier,
             self.state.sizes.get(digest, 0),
-            self._promised(node, now),
+            self._promised(node),
         )
         need = spec.memory_mb + (0 if attached else ledger.size_mb(digest))
         return placement.Candidate(
@@ -220,10 +224,10 @@ class Scaler:
             return "template"
         return "libs" if libs_of(spec) in node.libs else "base"
 
-    def _promised(self, node: Node, now: float) -> float:
+    def _promised(self, node: Node) -> float:
         """Seconds until the loads promised to the node are read, as if one after another."""
         loads = (i for i in self.ledger.on_node(node.name) if i.load and i.state in ("requested", "starting"))
-        return sum(max(0.0, instance.asked + instance.load - now) for instance in loads)
+        return sum(max(0.0, instance.asked + instance.load - self.ledger.now) for instance in loads)
 
     def _freeing(self, node: Node) -> int:
         return self.ledger.gives_back(i for i in self.ledger.on_node(node.name) if i.state == "draining")
@@ -244,7 +248,7 @@ class Scaler:
                 found.append(placement.Idle(instance.id, memory, instance.ready or 0.0))
         return found
 
-    def _start(self, target: Target, spec: FunctionSpec, choice: placement.Placed, now: float, out: list[Command]) -> None:
+    def _start(self, target: Target, spec: FunctionSpec, choice: placement.Placed) -> None:
         self.state.created += 1
         guess = choice.estimate
         digest = spec.checkpoint.digest if spec.checkpoint else ""
@@ -254,7 +258,7 @@ class Scaler:
             target=target,
             node=choice.node,
             state="requested",
-            asked=now,
+            asked=self.ledger.now,
             memory_mb=spec.memory_mb,
             digest=digest,
             size=self.state.sizes.get(digest, 0),
@@ -269,11 +273,13 @@ class Scaler:
         version = self.ledger.version(target.app, target.version)
         assert version is not None
         bundle = version.spec.bundle if spec.kind != "llm" else ""
-        out.append(
-            SendStart(choice.node, Start(instance.id, target, spec, bundle, why=choice.why, predicted=round(guess.total, 4)))
+        self.ledger.emit(
+            SendStart(
+                choice.node, Start(instance.id, target, spec, bundle, why=choice.why, predicted=round(guess.total, 4))
+            )
         )
 
-    def stop(self, instance: Instance, why: str, drain: float | None, out: list[Command]) -> None:
+    def stop(self, instance: Instance, why: str, drain: float | None) -> None:
         """Drain it. One that drains already is told again only to end sooner."""
         before = instance.state
         after = tables.move(tables.INSTANCE, f"instance {instance.id}", before, "stop")
@@ -283,7 +289,7 @@ class Scaler:
         instance.state = "draining"
         instance.stopping = instance.stopping or why
         self.ledger.touch(instance.target)
-        out.append(SendStop(instance.node, Stop(instance.id, drain, why)))
+        self.ledger.emit(SendStop(instance.node, Stop(instance.id, drain, why)))
 
 
 def libs_of(spec: FunctionSpec) -> str:

@@ -10,25 +10,25 @@ be late, doubled or missing: reports are taken by the tables below, where a stat
 already"; HELLO carries all instances of a node, so what is not in it is gone and what is unknown is adopted. An event
 that a table does not allow is an IllegalTransition and changes nothing.
 
-A version (`absent` = not known; failed and ready ones stay as history):
+A version (`absent` = not known; failed and ready ones stay as history). `(event)` changes nothing:
 
     absent   | added->checking
-    checking | passed->warming  failed->failed  superseded->failed  unchanged->absent
-    warming  | activated->ready  failed->failed  superseded->failed
-    ready    | activated
+    checking | passed->warming  failed  superseded->failed  unchanged->absent
+    warming  | activated->ready  failed  superseded->failed
+    ready    | (activated)
 
 An instance, by its node's reports, our `stop`, and `lost` with its node (stopped, failed, lost: forgotten):
 
-    absent    | placed->requested  starting->starting  ready->ready  draining->draining
-    requested | starting->starting  ready->ready  draining->draining  stop->draining  stopped->stopped  failed->failed  lost->lost
-    starting  | starting  ready->ready  draining->draining  stop->draining  stopped->stopped  failed->failed  lost->lost
-    ready     | starting  ready  draining->draining  stop->draining  stopped->stopped  failed->failed  lost->lost
-    draining  | starting  ready  draining  stop  stopped->stopped  failed->failed  lost->lost
+    absent    | placed->requested  starting  ready  draining
+    requested | starting  ready  draining  stop->draining  stopped  failed  lost
+    starting  | (starting)  ready  draining  stop->draining  stopped  failed  lost
+    ready     | (starting)  (ready)  draining  stop->draining  stopped  failed  lost
+    draining  | (starting)  (ready)  (draining)  (stop)  stopped  failed  lost
 
 A node (a lost one is kept for FORGET_NODE seconds, because gateways may still reach it):
 
     absent | restored->lost  hello->up
-    up     | hello  silent->lost  bye->absent
+    up     | (hello)  silent->lost  bye->absent
     lost   | hello->up  bye->absent  expire->absent
 """
 
@@ -50,13 +50,12 @@ from sllm_faas.controller.commands import (
     PublishFunctions,
     PublishNode,
     SendCheck,
-    StoreActivation,
     StoreFailure,
     WithdrawNode,
 )
 from sllm_faas.controller.instances import Instances
 from sllm_faas.controller.ledger import Ledger, resolve
-from sllm_faas.controller.model import App, Gateway, Node, NodeState, State, Version, VersionState, key_of
+from sllm_faas.controller.model import App, Gateway, Node, NodeState, State, Version, VersionState
 from sllm_faas.controller.scaling import Scaler
 from sllm_faas.errors import Conflict, ErrorInfo, IllegalTransition, Unavailable, to_info
 from sllm_faas.spec import Target
@@ -80,7 +79,7 @@ class Machine:
         self.ledger = Ledger(self.state)
         self.scaler = Scaler(self.ledger)
         self.instances = Instances(self.ledger, self.scaler)
-        self._handlers: dict[type, Callable[[Any, float, list[Command]], None]] = {
+        self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Restored: self._restored,
             ev.VersionAdded: self._version_added,
             ev.VersionChecked: self._version_checked,
@@ -106,11 +105,11 @@ class Machine:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """Take a fact in; what is to be done about it. Raises IllegalTransition, having changed nothing."""
-        out: list[Command] = []
-        self._handlers[type(event)](event, now, out)
-        self._wake_due(now, out)
-        self._settle(now, out)
-        return out
+        self.ledger.begin(float(now))
+        self._handlers[type(event)](event)
+        self._wake_due()
+        self._settle()
+        return self.ledger.end()
 
     def next_deadline(self) -> float | None:
         """When a Tick is due; None: never, as things are."""
@@ -118,12 +117,12 @@ class Machine:
 
     def snapshot(self) -> bytes:
         """The whole state, the same bytes for the same state."""
-        return msgspec.msgpack.encode(self.state, order="deterministic")
+        return msgspec.json.encode(msgspec.to_builtins(self.state, str_keys=True, order="deterministic"))
 
     @classmethod
     def restore(cls, snapshot: bytes) -> Machine:
         """The machine that gave the snapshot, as far as any event can tell."""
-        state = msgspec.msgpack.decode(snapshot, type=State)
+        state = msgspec.json.decode(snapshot, type=State)
         return cls(state.life, state)
 
     def validate(self) -> None:
@@ -131,21 +130,16 @@ class Machine:
         assert not self.ledger.dirty, f"not reconciled: {self.ledger.dirty}"
         self.ledger.validate()
 
-    def _settle(self, now: float, out: list[Command]) -> None:
-        """Reconcile until nothing is dirty: stops and starts touch targets again."""
+    def _settle(self) -> None:
+        """Reconcile until nothing is dirty: a start or stop makes its target dirty again, which then rests."""
         for _ in range(100):
             if not self.ledger.dirty:
                 return
             dirty, self.ledger.dirty = self.ledger.dirty, set()
             for key in sorted(dirty, key=self._urgency):
-                self.scaler.reconcile(key, now, out)
-                self.instances.check_warm(key, out)
-            self._mark_settled()
+                self.scaler.reconcile(key)
+                self.instances.check_warm(key)
         raise AssertionError("reconciliation does not settle")
-
-    def _mark_settled(self) -> None:
-        # A start or stop touches its own target; looking again would find nothing to do, but costs little.
-        self.ledger.dirty &= set(self.state.targets)
 
     def _urgency(self, key: str) -> tuple[float, str]:
         record = self.state.targets.get(key)
@@ -154,11 +148,11 @@ class Machine:
 
     # -- time ------------------------------------------------------------------------------------------------
 
-    def _tick(self, event: ev.Tick, now: float, out: list[Command]) -> None:
+    def _tick(self, _event: ev.Tick) -> None:
         """Nothing by itself: whatever is due is woken after every event."""
 
-    def _wake_due(self, now: float, out: list[Command]) -> None:
-        for what in self.ledger.due(now):
+    def _wake_due(self) -> None:
+        for what in self.ledger.due():
             kind, _, name = what.partition("|")
             if kind == "target":
                 record = self.state.targets.get(name)
@@ -167,20 +161,20 @@ class Machine:
                     self.ledger.dirty.add(name)
             elif kind == "node":
                 node = self.state.nodes.get(name)
-                if node is not None and node.state == "lost" and node.since + FORGET_NODE <= now:
+                if node is not None and node.state == "lost" and node.since + FORGET_NODE <= self.ledger.now:
                     self._move_node(node, "expire")
-                    self._remove_node(node, out)
+                    self._remove_node(node)
             elif kind == "check":
                 app, _, number = name.rpartition("|")
                 version = self.ledger.version(app, int(number))
-                if version is not None and version.state == "checking" and version.deadline <= now:
-                    self._check_too_late(version, out)
+                if version is not None and version.state == "checking" and version.deadline <= self.ledger.now:
+                    self._check_too_late(version)
             else:
                 self.ledger.dirty.update(self.state.blocked)
 
     # -- restart ---------------------------------------------------------------------------------------------
 
-    def _restored(self, event: ev.Restored, now: float, out: list[Command]) -> None:
+    def _restored(self, event: ev.Restored) -> None:
         if self.state.apps or self.state.nodes or self.state.instances:
             raise IllegalTransition("the controller has state already: event 'Restored' is only possible first")
         self.state.sizes = dict(event.sizes)
@@ -189,18 +183,24 @@ class Machine:
             app = self.state.apps.setdefault(stored.app, App(stored.app))
             version_state: VersionState = "ready" if stored.ready else "failed"
             app.versions[stored.number] = Version(
-                stored.app, stored.number, stored.spec, version_state, stored.created, stored.error, dict(stored.digests)
+                stored.app,
+                stored.number,
+                stored.spec,
+                version_state,
+                stored.created,
+                stored.error,
+                dict(stored.digests),
             )
             if stored.active:
                 app.active = stored.number
         for known in event.nodes:
             if known.info is not None:
                 tables.move(tables.NODE, f"node {known.name}", "absent", "restored")
-                node = Node(known.name, "lost", now, known.info, cordoned=known.cordoned)
+                node = Node(known.name, "lost", self.ledger.now, known.info, cordoned=known.cordoned)
                 node.checkpoints = sorted(known.info.checkpoints)
                 self.state.nodes[known.name] = node
-                self.ledger.wake(now + FORGET_NODE, f"node|{known.name}")
-                self.state.settle_until = now + SETTLE
+                self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{known.name}")
+                self.state.settle_until = self.ledger.now + SETTLE
         if self.state.settle_until:
             self.ledger.wake(self.state.settle_until, "settled|")
         for app in self.state.apps.values():
@@ -209,54 +209,56 @@ class Machine:
 
     # -- deployments -----------------------------------------------------------------------------------------
 
-    def _version_added(self, event: ev.VersionAdded, now: float, out: list[Command]) -> None:
+    def _version_added(self, event: ev.VersionAdded) -> None:
         app = self.state.apps.get(event.app)
         known = app.versions.get(event.number) if app else None
         name = f"version {event.app}@{event.number}"
         state = cast(VersionState, tables.move(tables.VERSION, name, known.state if known else "absent", "added"))
         if app is None:
             app = self.state.apps[event.app] = App(event.app)
-        self._supersede(app, f"version {event.number}", out)
-        version = Version(event.app, event.number, event.spec, state, event.created, deadline=now + CHECK_WAIT)
+        self._supersede(app, f"version {event.number}")
+        version = Version(
+            event.app, event.number, event.spec, state, event.created, deadline=self.ledger.now + CHECK_WAIT
+        )
         app.versions[event.number] = version
         app.pending = event.number
-        self._assign_check(version, now, out)
+        self._assign_check(version)
 
-    def _assign_check(self, version: Version, now: float, out: list[Command]) -> None:
+    def _assign_check(self, version: Version) -> None:
         """Hand the check to the node with the fewest instances; it waits when there is none."""
         nodes = self.ledger.open_nodes() or [node for node in self.state.nodes.values() if node.state == "up"]
         if not nodes:
             version.check_node = ""
-            version.deadline = now + CHECK_WAIT
-            out.append(Advance(version.app, version.number, "wait", "no node is up; waiting for one"))
+            version.deadline = self.ledger.now + CHECK_WAIT
+            self.ledger.emit(Advance(version.app, version.number, "wait", "no node is up; waiting for one"))
         else:
             node = min(nodes, key=lambda node: (len(self.ledger.on_node(node.name)), node.name))
             version.check_node = node.name
-            version.deadline = now + CHECK_LIMIT
-            out.append(SendCheck(node.name, Check(version.spec, version.number)))
-            out.append(Advance(version.app, version.number, "check", f"import check on {node.name}"))
+            version.deadline = self.ledger.now + CHECK_LIMIT
+            self.ledger.emit(SendCheck(node.name, Check(version.spec, version.number)))
+            self.ledger.emit(Advance(version.app, version.number, "check", f"import check on {node.name}"))
         self.ledger.wake(version.deadline, f"check|{version.app}|{version.number}")
 
-    def _reassign_checks(self, node: str | None, now: float, out: list[Command]) -> None:
+    def _reassign_checks(self, node: str | None) -> None:
         """`node` is gone, or None: one has come, for the checks that wait."""
         for _, version in list(self.ledger.versions()):
             if version.state == "checking" and version.check_node == (node or ""):
-                self._assign_check(version, now, out)
+                self._assign_check(version)
 
-    def _check_too_late(self, version: Version, out: list[Command]) -> None:
+    def _check_too_late(self, version: Version) -> None:
         if version.check_node:
             text = f"the import check on {version.check_node} did not end within {CHECK_LIMIT:g} s"
         else:
             text = f"no node joined within {CHECK_WAIT:g} s to run the import check"
-        self._fail(version, "failed", to_info(Unavailable(text, hint="See `sllm node list`.")), out)
+        self._fail(version, "failed", to_info(Unavailable(text, hint="See `sllm node list`.")))
 
-    def _version_checked(self, event: ev.VersionChecked, now: float, out: list[Command]) -> None:
+    def _version_checked(self, event: ev.VersionChecked) -> None:
         result = event.result
         version = self.ledger.version(result.app, result.version)
         if version is None or version.state != "checking" or version.check_node != event.node:
             return  # a late answer: another node was asked since, or nobody wants it any more
         if result.error is not None:
-            self._fail(version, "failed", result.error, out)
+            self._fail(version, "failed", result.error)
             return
         version.digests = dict(result.checkpoints)
         self.state.sizes.update(result.sizes)
@@ -268,15 +270,15 @@ class Machine:
             self._move_version(version, "unchanged")
             del app.versions[version.number]
             app.pending = 0
-            out.append(ForgetVersions(app.name, (version.number,)))
-            out.append(DeployEnded(app.name, version.number, active.number))
+            self.ledger.emit(ForgetVersions(app.name, (version.number,)))
+            self.ledger.emit(DeployEnded(app.name, version.number, active.number))
             return
         self._move_version(version, "passed")
         version.check_node = ""
         self._keep_minimum(version)
-        self.instances.check_version_warm(version, out)
+        self.instances.check_version_warm(version)
         if not version.storing:
-            out.append(Advance(version.app, version.number, "start", "starting its first instances"))
+            self.ledger.emit(Advance(version.app, version.number, "start", "starting its first instances"))
 
     def _keep_minimum(self, version: Version) -> None:
         """Look after the functions that are to have instances without being called."""
@@ -284,7 +286,7 @@ class Machine:
             if spec.scaling.min_containers and not any(p.required for p in spec.parameters):
                 self.ledger.touch(Target(version.app, spec.name, version.number))
 
-    def _version_activated(self, event: ev.VersionActivated, now: float, out: list[Command]) -> None:
+    def _version_activated(self, event: ev.VersionActivated) -> None:
         version = self.ledger.version(event.app, event.number)
         name = f"version {event.app}@{event.number}"
         state = tables.move(tables.VERSION, name, version.state if version else "absent", "activated")
@@ -292,63 +294,63 @@ class Machine:
         app = self.state.apps[event.app]
         deployed = app.pending == event.number
         if not deployed:
-            self._supersede(app, f"a rollback to version {event.number}", out)
+            self._supersede(app, f"a rollback to version {event.number}")
         version.state, version.storing, version.error = cast(VersionState, state), False, None
         before = app.versions.get(app.active)
         app.active, app.pending = event.number, 0
         gone = {spec.name for spec in before.spec.functions} if before else set()
         gone -= {spec.name for spec in version.spec.functions}
-        out.append(PublishFunctions(app.name, self.routes(app), tuple(sorted(gone))))
+        self.ledger.emit(PublishFunctions(app.name, self.routes(app), tuple(sorted(gone))))
         self._touch_app(app.name)
         self._keep_minimum(version)
         if deployed:
-            out.append(DeployEnded(app.name, event.number, event.number))
-        self._trim_history(app, out)
+            self.ledger.emit(DeployEnded(app.name, event.number, event.number))
+        self._trim_history(app)
 
-    def _version_refused(self, event: ev.VersionRefused, now: float, out: list[Command]) -> None:
+    def _version_refused(self, event: ev.VersionRefused) -> None:
         version = self.ledger.version(event.app, event.number)
         if version is not None and version.storing:
             version.storing = False
-            self._fail(version, "failed", event.error, out)
+            self._fail(version, "failed", event.error)
 
-    def _supersede(self, app: App, by: str, out: list[Command]) -> None:
+    def _supersede(self, app: App, by: str) -> None:
         version = app.versions.get(app.pending)
         if version is not None:
             error = Conflict(f"version {version.number} of {app.name} was superseded by {by} before it was ready")
-            self._fail(version, "superseded", to_info(error), out)
+            self._fail(version, "superseded", to_info(error))
 
-    def _fail(self, version: Version, event: str, error: ErrorInfo, out: list[Command]) -> None:
+    def _fail(self, version: Version, event: str, error: ErrorInfo) -> None:
         """End a deployment; what serves goes on serving."""
         self._move_version(version, event)
         version.error, version.check_node, version.storing = error, "", False
         app = self.state.apps[version.app]
         app.pending = 0
         self._touch_app(app.name)
-        out.append(StoreFailure(app.name, version.number, error))
-        out.append(DeployEnded(app.name, version.number, app.active, error))
+        self.ledger.emit(StoreFailure(app.name, version.number, error))
+        self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))
 
     def _move_version(self, version: Version, event: str) -> None:
         name = f"version {version.app}@{version.number}"
         version.state = cast(VersionState, tables.move(tables.VERSION, name, version.state, event))
 
-    def _trim_history(self, app: App, out: list[Command]) -> None:
+    def _trim_history(self, app: App) -> None:
         used = {i.target.version for i in self.state.instances.values() if i.target.app == app.name}
         old = sorted(set(app.versions) - {app.active, app.pending} - used)
         forget = old[: max(0, len(app.versions) - HISTORY)]
         for number in forget:
             del app.versions[number]
         if forget:
-            out.append(ForgetVersions(app.name, tuple(forget)))
+            self.ledger.emit(ForgetVersions(app.name, tuple(forget)))
 
-    def _app_deleted(self, event: ev.AppDeleted, now: float, out: list[Command]) -> None:
+    def _app_deleted(self, event: ev.AppDeleted) -> None:
         app = self.state.apps.get(event.app)
         if app is None:
             raise IllegalTransition(f"app {event.app} is absent: event 'AppDeleted' is not possible")
-        self._supersede(app, "the deletion of the app", out)
+        self._supersede(app, "the deletion of the app")
         active = app.versions.get(app.active)
         del self.state.apps[event.app]
         if active is not None:
-            out.append(PublishFunctions(app.name, (), tuple(sorted(spec.name for spec in active.spec.functions))))
+            self.ledger.emit(PublishFunctions(app.name, (), tuple(sorted(spec.name for spec in active.spec.functions))))
         self._touch_app(app.name)
 
     def _touch_app(self, app: str) -> None:
@@ -368,7 +370,7 @@ class Machine:
 
     # -- gateways --------------------------------------------------------------------------------------------
 
-    def _gateway_up(self, event: ev.GatewayUp, now: float, out: list[Command]) -> None:
+    def _gateway_up(self, event: ev.GatewayUp) -> None:
         known = self.state.gateways.get(event.name)
         if known is not None and known.life == event.life:
             return
@@ -376,12 +378,12 @@ class Machine:
             self.ledger.drop_gateway(known)
         self.state.gateways[event.name] = Gateway(event.name, event.life)
 
-    def _gateway_lost(self, event: ev.GatewayLost, now: float, out: list[Command]) -> None:
+    def _gateway_lost(self, event: ev.GatewayLost) -> None:
         known = self.state.gateways.get(event.name)
         if known is not None and known.life == event.life:
             self.ledger.drop_gateway(known)
 
-    def _demand_seen(self, event: ev.DemandSeen, now: float, out: list[Command]) -> None:
+    def _demand_seen(self, event: ev.DemandSeen) -> None:
         gateway = self.state.gateways.get(event.gateway)
         if gateway is None:
             raise IllegalTransition(f"gateway {event.gateway} is absent: event 'DemandSeen' is not possible")
@@ -390,31 +392,31 @@ class Machine:
 
     # -- nodes -----------------------------------------------------------------------------------------------
 
-    def _node_up(self, event: ev.NodeUp, now: float, out: list[Command]) -> None:
+    def _node_up(self, event: ev.NodeUp) -> None:
         info = event.info
         node = self.state.nodes.get(info.name)
         before = node.state if node else "absent"
         state = cast(NodeState, tables.move(tables.NODE, f"node {info.name}", before, "hello"))
         changed = node is None or node.info != info
         if node is None:
-            node = self.state.nodes[info.name] = Node(info.name, state, now, info)
+            node = self.state.nodes[info.name] = Node(info.name, state, self.ledger.now, info)
         if node.life != event.life:
             node.templates, node.libs, node.draining = [], [], False
         if before != "up":
-            node.since = now
+            node.since = self.ledger.now
         node.state, node.info, node.life = state, info, event.life
         node.checkpoints = sorted(info.checkpoints)
         if changed:
-            out.append(PublishNode(info))
-        self.instances.take_reports(node, event.reports, now, out)
+            self.ledger.emit(PublishNode(info))
+        self.instances.take_reports(node, event.reports)
         # Its checks were running in vain when it is new; when it only missed us, asking twice does no harm.
-        self._reassign_checks(info.name, now, out)
-        self._reassign_checks(None, now, out)
+        self._reassign_checks(info.name)
+        self._reassign_checks(None)
         if all(known.state == "up" for known in self.state.nodes.values()):
             self.state.settle_until = 0.0
-        self._room(now)
+        self._room()
 
-    def _room(self, now: float) -> None:
+    def _room(self) -> None:
         """There may be room where there was none."""
         for key in self.state.blocked:
             record = self.state.targets[key]
@@ -422,42 +424,42 @@ class Machine:
                 record.error, record.retry_at = None, 0.0
         self.ledger.dirty.update(self.state.blocked)
 
-    def _node_lost(self, event: ev.NodeLost, now: float, out: list[Command]) -> None:
+    def _node_lost(self, event: ev.NodeLost) -> None:
         node = self._node(event.name, "silent")
         self._move_node(node, "silent")
-        node.since = now
-        self.ledger.wake(now + FORGET_NODE, f"node|{node.name}")
-        self.instances.lose_all(node, now, out)
-        self._reassign_checks(node.name, now, out)
+        node.since = self.ledger.now
+        self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{node.name}")
+        self.instances.lose_all(node)
+        self._reassign_checks(node.name)
 
-    def _node_left(self, event: ev.NodeLeft, now: float, out: list[Command]) -> None:
+    def _node_left(self, event: ev.NodeLeft) -> None:
         node = self._node(event.name, "bye")
         self._move_node(node, "bye")
-        self.instances.lose_all(node, now, out)
-        self._remove_node(node, out)
-        self._reassign_checks(node.name, now, out)
+        self.instances.lose_all(node)
+        self._remove_node(node)
+        self._reassign_checks(node.name)
 
-    def _remove_node(self, node: Node, out: list[Command]) -> None:
+    def _remove_node(self, node: Node) -> None:
         del self.state.nodes[node.name]
-        out.append(WithdrawNode(node.name))
+        self.ledger.emit(WithdrawNode(node.name))
 
-    def _node_cordoned(self, event: ev.NodeCordoned, now: float, out: list[Command]) -> None:
+    def _node_cordoned(self, event: ev.NodeCordoned) -> None:
         node = self._node(event.name, "cordoned")
         node.cordoned = event.cordoned
         if not event.cordoned:
             node.draining = False
-            self._room(now)
+            self._room()
 
-    def _node_drained(self, event: ev.NodeDrained, now: float, out: list[Command]) -> None:
+    def _node_drained(self, event: ev.NodeDrained) -> None:
         node = self._node(event.name, "drained")
         node.cordoned = node.draining = True
         for instance in self.ledger.on_node(node.name):
-            self.scaler.stop(instance, f"node {node.name} is drained", None, out)
+            self.scaler.stop(instance, f"node {node.name} is drained", None)
 
-    def _node_stats(self, event: ev.NodeStatsSeen, now: float, out: list[Command]) -> None:
+    def _node_stats(self, event: ev.NodeStatsSeen) -> None:
         self._node(event.name, "stats").stats = event.stats
 
-    def _checkpoint_seen(self, event: ev.CheckpointSeen, now: float, out: list[Command]) -> None:
+    def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:
         self._note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
         self.state.sizes[event.digest] = event.bytes
 
@@ -478,17 +480,14 @@ class Machine:
 
     # -- instances -------------------------------------------------------------------------------------------
 
-    def _instance_seen(self, event: ev.InstanceSeen, now: float, out: list[Command]) -> None:
+    def _instance_seen(self, event: ev.InstanceSeen) -> None:
         node = self._node(event.node, f"instance {event.report.state}")
         if node.state != "up":
             raise IllegalTransition(f"node {node.name} is {node.state}: event 'instance report' is not possible")
-        self.instances.take(node, event.report, now, out)
+        self.instances.take(node, event.report)
 
-    def _instance_stop_asked(self, event: ev.InstanceStopAsked, now: float, out: list[Command]) -> None:
+    def _instance_stop_asked(self, event: ev.InstanceStopAsked) -> None:
         instance = self.state.instances.get(event.instance)
         if instance is None:
             raise IllegalTransition(f"instance {event.instance} is absent: event 'stop' is not possible")
-        self.scaler.stop(instance, "asked for", event.drain, out)
-
-
-__all__ = ["Machine", "StoreActivation", "key_of"]
+        self.scaler.stop(instance, "asked for", event.drain)

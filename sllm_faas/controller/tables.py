@@ -86,9 +86,11 @@ def move(table: Table, what: str, state: str, event: str) -> str:
 
 
 def render(table: Table) -> str:
-    """The table as text: a row per state, `event -> state` in its cells; self-loops are written `event`."""
+    """The table as text, a row per state: `event->state`, just `event` when the state is called like it, and
+    `(event)` when nothing changes."""
     rows: dict[str, list[str]] = {}
     for (state, event), after in table.items():
-        rows.setdefault(state, []).append(event if after == state else f"{event}->{after}")
+        cell = f"({event})" if after == state else event if after == event else f"{event}->{after}"
+        rows.setdefault(state, []).append(cell)
     width = max(map(len, rows))
     return "\n".join(f"{state:<{width}} | {'  '.join(cells)}" for state, cells in rows.items())
