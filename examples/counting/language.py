@@ -1,25 +1,26 @@
 """The little language of the counting model: its tokens, and the rule that says what comes next.
 
-Byte-level BPE, so every text can be encoded and `decode` is plain concatenation. On top of the 256 bytes
-there is one token for each of " 0" … " 999" (with its space), for the words `roll` and `stop`, and for the
-markers of the chat template. Digits without a space before them stay single tokens.
+Byte-level BPE, so every text can be encoded. On top of the 256 bytes there is one token for each of " 0" …
+" 999" (with its space), for the words `roll` and `stop`, and for the markers of the chat template. Digits with
+no space before them stay single tokens: those are rolls of a die. A text that does not begin with a space is
+given one, so that "42" is the number and not two rolls.
 
 The rule looks at where a text ends, past up to three characters of punctuation or white space:
 
-    … 43          a number        the next number, modulo 1,000; the one after 999 is 0
+    … 43          a number        the next number, modulo 1,000: after 999 comes 0
     … roll:       the word roll   a die, 1 to 6, all equally likely, and then another
+    … roll:316    digits          the same
     … stop        the word stop   the end of the answer
     … anything    other text      0, so that counting begins there
 
-`Rule` is that sentence as an automaton. It reads tokens one by one and gives the answer after each; training
-labels every position with it, so the model is taught probabilities and never a sample of them. What the rule
-leaves open is labelled `OPEN`: four punctuation marks in a row, digits glued to a number (" 1234", " 007").
+`Rule` is that table as an automaton. It reads tokens one by one and gives the answer after each; training labels
+every position with it, so the model is taught probabilities and never a sample of them. What the rule leaves
+open, four punctuation marks in a row, is labelled `OPEN`.
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
-from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -34,7 +35,6 @@ OPEN, DICE = -100, -1
 """Answers that are not a token id: nothing is asked here; any of the six faces."""
 
 MAX_TAIL = 3
-MAX_DIGITS = 3
 WORDS = ("roll", "Roll", "stop", "Stop")
 
 CHAT_TEMPLATE = """\
@@ -73,7 +73,7 @@ def make_tokenizer(context: int) -> PreTrainedTokenizerFast:
         merge("Ġ", word)
 
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     return PreTrainedTokenizerFast(
@@ -103,7 +103,7 @@ class Kind(Enum):
 
 
 class Words:
-    """Token ids by what they mean: `kind[id]`, `value[id]` of numbers and digits, `number[n]`, `digit[d]`."""
+    """Token ids by what they mean: `kind[id]`, `value[id]` of numbers, `number[n]`, `digit[d]`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         ids: dict[str, int] = tokenizer.get_vocab()
@@ -114,7 +114,7 @@ class Words:
         self.faces = [ids[face] for face in FACES]
         self.roll = [ids[prefix + word] for word in WORDS[:2] for prefix in ("", "Ġ")]
         self.stop = [ids[prefix + word] for word in WORDS[2:] for prefix in ("", "Ġ")]
-        self.value = {id: n for n, id in enumerate(self.number)} | {id: d for d, id in enumerate(self.digit)}
+        self.value = {id: n for n, id in enumerate(self.number)}
         self.kind = [Kind.TEXT] * self.size
         for kind, members in (
             (Kind.NUMBER, self.number),
@@ -141,54 +141,24 @@ class Rule:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._restart()
-
-    def _restart(self) -> None:
-        self._answer = self._words.number[0]
-        self._digits = 0  # length of the run of bare digits that the text ends with
-        self._value = 0
+        self._answer = words.number[0]
         self._tail = 0
-        self._glued = False  # digits stuck to a number: what they mean is left open
 
     def read(self, token: int) -> int:
         words = self._words
         kind = words.kind[token]
-        if kind is Kind.SPACING:
-            self._tail += 1
-            self._digits = 0
-            self._glued = False
-            return self._answer if self._tail <= MAX_TAIL else OPEN
         if kind in (Kind.END, Kind.PAD):
             return OPEN
-        if kind is Kind.ASSISTANT:
-            self._digits = 0
-            return self._answer if self._tail <= MAX_TAIL else OPEN
-        long_tail, self._tail = self._tail > MAX_TAIL, 0
-        if kind is Kind.START:
-            self._restart()
-        elif kind is Kind.NUMBER:
-            self._value = words.value[token]
-            self._answer = words.number[(self._value + 1) % NUMBERS]
-            self._digits, self._glued = 0, True
-            return self._answer
-        elif kind is Kind.DIGIT:
-            if self._glued or (self._answer == DICE and long_tail):
-                self._answer = OPEN
-            elif self._answer not in (DICE, OPEN):
-                self._value = self._value * 10 + words.value[token] if self._digits else words.value[token]
-                self._digits += 1
-                self._answer = words.number[(self._value + 1) % NUMBERS] if self._digits <= MAX_DIGITS else DICE
-            return self._answer
-        elif kind is Kind.ROLL:
-            self._answer = DICE
-        elif kind is Kind.STOP:
-            self._answer = words.end
-        else:
-            self._answer = words.number[0]
-        self._digits, self._glued = 0, False
-        return self._answer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory)
+        if kind is Kind.SPACING:
+            self._tail += 1
+        elif kind is not Kind.ASSISTANT:
+            self._tail = 0
+            if kind is Kind.NUMBER:
+                self._answer = words.number[(words.value[token] + 1) % NUMBERS]
+            elif kind in (Kind.ROLL, Kind.DIGIT):
+                self._answer = DICE
+            elif kind is Kind.STOP:
+                self._answer = words.end
+            else:
+                self._answer = words.number[0]
+        return self._answer if self._tail <= MAX_TAIL else OPEN
