@@ -63,7 +63,7 @@ from .object import (
     read_header,
     write_manifest,
 )
-from .store import CheckpointStore, storage_errors, sync_directory
+from .store import CheckpointStore, check_name, storage_errors, sync_directory
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +116,7 @@ def ingest(
     """
     if dtype not in DTYPES:
         raise BadSpec(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
+    check_name(name)
     report = progress or _silent
     report(0, 0, "resolve")
     origin = _resolve(source, revision)

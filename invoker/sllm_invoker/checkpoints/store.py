@@ -105,11 +105,7 @@ class CheckpointStore:
 
     def set_ref(self, name: str, digest: str) -> None:
         """Point a name at a digest, replacing what it pointed at. Raises BadSpec for a bad name."""
-        if not _REF.fullmatch(name):
-            raise BadSpec(
-                f"{name!r} is not a checkpoint name; allowed: letters, digits, '.', '_', '-', one '/' inside.",
-                param="name",
-            )
+        check_name(name)
         path = self.root / "refs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, digest + "\n")
@@ -236,6 +232,15 @@ class CheckpointStore:
         refs = self.root / "refs"
         files = (path for path in refs.rglob("*") if path.is_file() and not path.name.startswith("."))
         return {str(path.relative_to(refs)): path.read_text().strip() for path in files}
+
+
+def check_name(name: str) -> None:
+    """Raises BadSpec when `name` cannot name a checkpoint."""
+    if not _REF.fullmatch(name):
+        raise BadSpec(
+            f"{name!r} is not a checkpoint name; allowed: letters, digits, '.', '_', '-', one '/' inside.",
+            param="name",
+        )
 
 
 def sync_directory(path: Path) -> None:
