@@ -260,9 +260,11 @@ def _cannot(
     if deep or "ircular" in str(cause):
         return error(f"{what} cannot be encoded: it is nested too deeply, or contains itself.", hint=_HINT)
     path, reason = _culprit(value, "$", encoder, 0) or ("$", cause)
-    return error(
-        f"{what} cannot be encoded: {path}: {str(reason).splitlines()[0] if str(reason) else reason!r}.", hint=_HINT
-    )
+    return error(f"{what} cannot be encoded: {path}: {_first_line(reason)}.", hint=_HINT)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # -- decoding ------------------------------------------------------------------------------------------------
@@ -369,8 +371,7 @@ def decode(data: bytes, resolve: Resolve = loaded_types) -> Any:
     except (
         ValueError, TypeError, KeyError, OverflowError, RecursionError, ArithmeticError, msgpack.UnpackException
     ) as error:  # fmt: skip
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadRequest(f"not a valid MessagePack payload: {text}.") from error
+        raise BadRequest(f"not a valid MessagePack payload: {_first_line(error)}.") from error
 
 
 def decode_call(
