@@ -27,7 +27,7 @@ from sllm_faas.config import Config, check_keys, read_toml
 from sllm_faas.errors import BadSpec, NotFound, SllmError
 
 if TYPE_CHECKING:
-    from sllm.client import Client
+    from sllm_faas.cli.api import Api
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,11 +67,10 @@ class Session:
             return local, token or _admin_token(config)
         return server, token
 
-    def client(self) -> Client:
-        from sllm.client import Client
+    def api(self) -> Api:
+        from sllm_faas.cli.api import Api
 
-        server, token = self.address()
-        return Client(server, token=token)
+        return Api(*self.address())
 
 
 def load_config(flags: dict[str, Any], toml_path: Path | None = None) -> Config:

@@ -19,6 +19,11 @@ def emit_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
+def compact(value: Any) -> str:
+    """JSON on one line."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], empty: str) -> None:
     """Rows under headings; `empty` when there are none."""
     cells = [[show(value) for value in row] for row in rows]
@@ -65,6 +70,11 @@ def style(text: str, **how: Any) -> str:
 def ago(when: float | None) -> str:
     """Unix time as an age."""
     return "-" if not when else duration(max(0.0, time.time() - when))
+
+
+def when(moment: float | None) -> str:
+    """Unix time as local date and time."""
+    return "never" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 def duration(seconds: float) -> str:

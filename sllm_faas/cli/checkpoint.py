@@ -1,0 +1,124 @@
+"""`sllm checkpoint`: weights on the nodes' disks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sllm_faas.cli import output
+from sllm_faas.cli.api import Api, error_of, path
+from sllm_faas.cli.common import Session, client_command
+from sllm_faas.errors import PlatformError
+
+
+@click.group()
+def checkpoint() -> None:
+    """Weights that the platform keeps."""
+
+
+def follow(api: Api, url: str, body: Any, quiet: bool) -> dict[str, Any]:
+    """A long operation's result; its progress is shown meanwhile. Raises what it failed with."""
+    progress = output.Progress(quiet)
+    try:
+        with api.events("POST", url, body) as events:
+            for event in events:
+                if event.kind == "progress":
+                    data = event.data
+                    progress.update(data["stage"], data.get("done", 0), data.get("total", 0), data.get("text", ""))
+                elif event.kind == "result":
+                    result: dict[str, Any] = event.data
+                    return result
+                elif event.kind == "error":
+                    raise error_of(event.data.get("error", event.data))
+    finally:
+        progress.clear()
+    raise PlatformError("the answer ended without a result", hint="See `sllm logs` and try again.")
+
+
+@checkpoint.command()
+@click.argument("source")
+@click.option("--name", default="", help="Name to keep it under. Default: from the source.")
+@click.option("--revision", default="", help="Branch, tag or commit of a repository.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@client_command(reads=True)
+def pull(session: Session, source: str, name: str, revision: str, dtype: str) -> None:
+    """Get SOURCE (a Hugging Face repository, or a directory of the server's machine) onto the platform's disk."""
+    body = {"source": source, "revision": revision, "dtype": dtype, "name": name}
+    with session.api() as api:
+        done = follow(api, path("checkpoints"), body, session.json)
+    if session.json:
+        output.emit_json(done)
+        return
+    click.echo(f"Pulled {done['name']}: {output.size(done['bytes'])}, {done['digest'][:12]}.")
+
+
+@checkpoint.command("list")
+@client_command(reads=True)
+def list_(session: Session) -> None:
+    """List checkpoints."""
+    with session.api() as api:
+        found = api.get(path("checkpoints"))["checkpoints"]
+    if session.json:
+        output.emit_json(found)
+        return
+    output.table(
+        ["digest", "names", "size", "pinned", "node", "source"],
+        [
+            (
+                item["digest"][:12],
+                item.get("names", ()),
+                output.size(item["bytes"]),
+                item.get("pinned", False),
+                item.get("node"),
+                item.get("source"),
+            )
+            for item in found
+        ],
+        "There are no checkpoints; `sllm checkpoint pull` gets one.",
+    )
+
+
+@checkpoint.command()
+@click.argument("ref")
+@client_command()
+def pin(session: Session, ref: str) -> None:
+    """Never evict REF (a name or digest)."""
+    with session.api() as api:
+        api.post(path("checkpoints", ref, "pin"))
+    click.echo(f"Pinned {ref}.")
+
+
+@checkpoint.command()
+@click.argument("ref")
+@client_command()
+def unpin(session: Session, ref: str) -> None:
+    """Let REF be evicted when space is needed."""
+    with session.api() as api:
+        api.post(path("checkpoints", ref, "unpin"))
+    click.echo(f"Unpinned {ref}.")
+
+
+@checkpoint.command()
+@click.argument("ref")
+@client_command()
+def rm(session: Session, ref: str) -> None:
+    """Remove REF from disk, if nothing uses it."""
+    with session.api() as api:
+        api.delete(path("checkpoints", ref))
+    click.echo(f"Removed {ref}.")
+
+
+@checkpoint.command()
+@click.argument("ref")
+@client_command(reads=True)
+def verify(session: Session, ref: str) -> None:
+    """Read REF whole and compare it with its checksums."""
+    with session.api() as api:
+        found = api.post(path("checkpoints", ref, "verify"), timeout=None)
+    if session.json:
+        output.emit_json(found)
+        return
+    click.echo(f"{ref} is what it says.")

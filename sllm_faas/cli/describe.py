@@ -1,0 +1,224 @@
+"""`sllm describe`: one thing in full, with the timed phases of what happened to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sllm_faas.cli import output
+from sllm_faas.cli.api import Api, path
+from sllm_faas.cli.apps import get_app
+from sllm_faas.cli.common import Session, client_command, suggest
+from sllm_faas.errors import NotFound
+
+KINDS = ("app", "function", "invocation", "node")
+_BAR = 32
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="[KIND] NAME")
+@client_command(reads=True)
+def describe(session: Session, what: tuple[str, ...]) -> None:
+    """Show NAME in full: inv-… is an invocation, app/function a function, else an app or a node.
+
+    KIND (app, function, invocation, node) settles it.
+    """
+    if len(what) > 2 or (len(what) == 2 and what[0] not in KINDS):
+        raise click.UsageError(f"{' '.join(what)!r} is not [KIND] NAME; kinds: {', '.join(KINDS)}")
+    name = what[-1]
+    with session.api() as api:
+        kind = what[0] if len(what) == 2 else _kind(api, name)
+        found = _GET[kind](api, name)
+    if session.json:
+        output.emit_json(found)
+    else:
+        _SHOW[kind](found)
+
+
+def _kind(api: Api, name: str) -> str:
+    if name.startswith("inv-"):
+        return "invocation"
+    if "/" in name:
+        return "function"
+    nodes = {item["name"] for item in api.get(path("nodes"))["nodes"]}
+    return "node" if name in nodes else "app"
+
+
+# -- getting -------------------------------------------------------------------------------------------------
+
+
+def _function(api: Api, name: str) -> Any:
+    app, slash, function = name.partition("/")
+    function = function if slash else app
+    try:
+        return api.get(path("functions", app, function))
+    except NotFound as error:
+        known = [item["name"] for item in get_app(api, app)["functions"]]
+        raise suggest(error, function, lambda: known) from None
+
+
+def _node(api: Api, name: str) -> Any:
+    try:
+        return api.get(path("nodes", name))
+    except NotFound as error:
+        raise suggest(error, name, lambda: [item["name"] for item in api.get(path("nodes"))["nodes"]]) from None
+
+
+_GET: dict[str, Callable[[Api, str], Any]] = {
+    "app": get_app,
+    "function": _function,
+    "invocation": lambda api, name: api.get(path("invocations", name)),
+    "node": _node,
+}
+
+
+# -- showing -------------------------------------------------------------------------------------------------
+
+
+def _show_app(app: dict[str, Any]) -> None:
+    output.pairs([("app", app["app"]), ("version", app["version"]), ("weight", app["weight"])])
+    click.echo()
+    output.table(
+        ["function", "kind", "methods", "slots", "instances", "waiting", "running", "checkpoint"],
+        [
+            (
+                item["name"],
+                item["kind"],
+                [method["name"] for method in item["methods"]],
+                item["concurrency"],
+                sum(item["instances"].values()),
+                item["waiting"],
+                item["running"],
+                (item["checkpoint"] or {}).get("source"),
+            )
+            for item in app["functions"]
+        ],
+        "No version serves.",
+    )
+
+
+def _show_function(function: dict[str, Any]) -> None:
+    scaling, timeouts = function["scaling"], function["timeouts"]
+    checkpoint = function["checkpoint"] or {}
+    output.pairs(
+        [
+            ("function", f"{function['app']}/{function['name']}"),
+            ("kind", function["kind"]),
+            ("version", function["version"]),
+            ("methods", [f"{item['name']}{' (stream)' if item['stream'] else ''}" for item in function["methods"]]),
+            ("parameters", [f"{item['name']}: {item['type']}" for item in function["parameters"]]),
+            ("slots", f"{function['concurrency']} per instance, queue of {function['max_queue']}"),
+            (
+                "instances",
+                f"{scaling['min_containers']} to {scaling['max_containers']}, {scaling['buffer_containers']} spare, "
+                f"idle for {scaling['scaledown_window']:g} s; wanted now: {function['desired']}",
+            ),
+            ("timeouts", {name: "none" if limit is None else f"{limit:g} s" for name, limit in timeouts.items()}),
+            ("memory", output.size(function["memory_mb"] << 20)),
+            ("secrets", function["secrets"]),
+            ("checkpoint", f"{checkpoint['source']} ({checkpoint['digest'][:12]})" if checkpoint else None),
+            ("now", f"{function['running']} running, {function['waiting']} waiting"),
+        ]
+    )
+    for target in function["targets"]:
+        if target["error"]:
+            retry = f", tried again in {output.duration(target['retry_in'])}" if target["retry_in"] else ""
+            click.echo(output.style(f"\nCannot start ({target['failures']} times{retry}): ", fg="red"), nl=False)
+            click.echo(target["error"]["message"])
+        if target["blocked"]:
+            click.echo(f"\nWaits: {target['blocked']}")
+        for item in target["instances"]:
+            click.echo(f"\n{item['instance']} on {item['node']}: {item['state']} — {item['why']}")
+            _timeline(item["timeline"])
+    _starts(function["starts"])
+
+
+def _show_node(node: dict[str, Any]) -> None:
+    output.pairs(
+        [
+            ("node", node["name"]),
+            ("state", node["state"]),
+            ("cordoned", node["cordoned"]),
+            (
+                "memory",
+                f"{output.size(node['memory_used_mb'] << 20)} of {output.size(node['memory_mb'] << 20)} promised",
+            ),
+            ("disk free", output.size(node["disk_free_mb"] << 20)),
+            ("cores, gpus", f"{node['cores']:g}, {node['gpus']}"),
+            ("labels", node["labels"]),
+            ("bandwidth", {tier: f"{output.size(value)}/s" for tier, value in node["bandwidth"].items()}),
+            ("checkpoints", [digest[:12] for digest in node["checkpoints"]]),
+            ("estimates", node["estimates"]),
+        ]
+    )
+    click.echo()
+    output.table(
+        ["instance", "function", "state", "running", "age"],
+        [
+            (item["instance"], item["target"], item["state"], item["running"], output.duration(item["age"]))
+            for item in node["instances_list"]
+        ],
+        "No instance runs there.",
+    )
+    _starts(node["starts"])
+
+
+def _show_invocation(record: dict[str, Any]) -> None:
+    record = record.get("invocation") or record
+    timeline = record.get("timeline")
+    output.pairs((name, value) for name, value in record.items() if name not in ("timeline", "error", "start"))
+    error = record.get("error")
+    if error:
+        click.echo(f"\n{output.style('Failed:', fg='red')} {error.get('message')}")
+    if timeline:
+        click.echo()
+        _timeline(timeline)
+
+
+def _starts(starts: list[dict[str, Any]]) -> None:
+    if not starts:
+        return
+    click.echo()
+    output.table(
+        ["start of", "node", "from", "tier", "predicted", "actual", "ended", "error"],
+        [
+            (
+                item["instance"],
+                item["node"],
+                item["warmth"],
+                item["tier"],
+                output.duration(item["predicted"]) if item["predicted"] else None,
+                output.duration(item["actual"]) if item["actual"] is not None else None,
+                f"{output.duration(item['ended'])} ago",
+                (item["error"] or {}).get("message"),
+            )
+            for item in starts
+        ],
+        "",
+    )
+
+
+def _timeline(timeline: dict[str, Any]) -> None:
+    """Phases as bars over the whole, one per line."""
+    spans = timeline.get("spans", [])
+    whole = max((span["start"] + span["seconds"] for span in spans), default=0.0)
+    if whole <= 0:
+        return
+    width = max(len(span["name"]) for span in spans)
+    for span in spans:
+        before = min(_BAR - 1, int(_BAR * max(0.0, span["start"]) / whole))
+        filled = max(1, min(_BAR - before, round(_BAR * span["seconds"] / whole)))
+        bar = ("·" * before + "█" * filled).ljust(_BAR, "·")
+        click.echo(
+            f"  {span['name'].ljust(width)} {bar} {output.duration(span['seconds']):>8}  {span.get('detail', '')}"
+        )
+
+
+_SHOW: dict[str, Callable[[Any], None]] = {
+    "app": _show_app,
+    "function": _show_function,
+    "invocation": _show_invocation,
+    "node": _show_node,
+}

@@ -1,0 +1,65 @@
+"""`sllm status`: the platform at a glance."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from sllm_faas.cli import output
+from sllm_faas.cli.api import path
+from sllm_faas.cli.common import Session, client_command
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it anew every second until Ctrl-C.")
+@client_command(reads=True)
+def status(session: Session, watch: bool) -> None:
+    """Show what runs, where and since when."""
+    with session.api() as api:
+        while True:
+            found = api.get(path("status"))
+            if watch:
+                click.clear()
+            if session.json:
+                output.emit_json(found)
+            else:
+                _show(api.server, found)
+            if not watch:
+                return
+            time.sleep(1.0)
+
+
+def _show(server: str, found: dict[str, Any]) -> None:
+    counts, controller = found["counts"], found["controller"]
+    instances = counts["instances"]
+    output.pairs(
+        [
+            ("server", server),
+            ("version", controller["version"]),
+            ("controller", f"pid {controller['pid']}, up for {output.duration(controller['uptime'])}"),
+            ("gateways", counts["gateways"]),
+            ("nodes", f"{counts['nodes']}" + (f", {counts['nodes_lost']} lost" if counts["nodes_lost"] else "")),
+            ("instances", ", ".join(f"{count} {state}" for state, count in instances.items() if count) or "none"),
+            ("invocations", f"{counts['running']} running, {counts['waiting']} waiting"),
+        ]
+    )
+    storage = found.get("storage", {})
+    if not storage.get("ok", True):
+        click.echo(output.style(f"The store does not take writes: {storage.get('error')}", fg="red"))
+    click.echo()
+    output.table(
+        ["app", "version", "functions", "instances", "deployed"],
+        [
+            (
+                app["name"],
+                app["version"] if not app["deploying"] else f"{app['version'] or '-'} → {app['deploying']}",
+                app["functions"],
+                app["instances"],
+                f"{output.ago(app['created'])} ago",
+            )
+            for app in found["apps"]
+        ],
+        "Nothing is deployed; `sllm deploy FILE` does.",
+    )
