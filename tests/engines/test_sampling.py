@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sllm_invoker.runner.engines.base import Sampling
-from sllm_invoker.runner.sampling import draw, gumbel, philox
+from sllm_invoker.runner.sampling import draw, gumbel_of, gumbel_of_all, philox
 
 RNG = np.random.default_rng(5)
 
@@ -36,9 +36,8 @@ def test_draws_follow_the_softmax(temperature, fixed):
     """Chi-square over 20,000 draws, along positions of one seed and along seeds at one position."""
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5, 0.2], dtype=np.float32)
     count, size = 20_000, len(logits)
-    tokens = np.arange(size)
     keys = [(11, i) if fixed == "seed" else (i, 3) for i in range(count)]
-    drawn = np.array([int((logits / temperature + gumbel(seed, at, tokens)).argmax()) for seed, at in keys])
+    drawn = (logits / temperature + gumbel_of_all(keys, size)).argmax(axis=1)
     expected = np.exp(logits.astype(float) / temperature)
     expected *= count / expected.sum()
     observed = np.bincount(drawn, minlength=size)
@@ -48,8 +47,16 @@ def test_draws_follow_the_softmax(temperature, fixed):
 def test_draw_uses_that_noise():
     logits = RNG.normal(size=50).astype(np.float32)
     for position in range(30):
-        expected = int((logits.astype(float) + gumbel(9, position, np.arange(50))).argmax())
+        expected = int((logits.astype(float) + gumbel_of_all([(9, position)], 50)).argmax())
         assert _draw_one(logits, Sampling(seed=9), [1] * position) == expected
+
+
+def test_the_noise_of_some_tokens_is_that_of_all():
+    keys = [(1, 5), (2**63 + 1, 0), (1, 6)]
+    every = gumbel_of_all(keys, 41)
+    tokens = [np.array([40, 0, 7]), np.arange(41), np.array([3])]
+    for row, some, noise in zip(every, tokens, gumbel_of(keys, tokens), strict=True):
+        assert (row[some] == noise).all()
 
 
 @settings(max_examples=60, deadline=None)

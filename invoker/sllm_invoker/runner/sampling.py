@@ -43,49 +43,45 @@ def draw(logits: Floats, samplings: Sequence[Sampling], histories: Sequence[Sequ
 
     `histories[i]` are the tokens after row i's prompt, whoever drew them; its length is the position drawn.
     """
-    chosen: list[int] = []
-    dense: list[int] = []  # rows whose every token is a candidate: their noise is made together
-    for row, (sampling, history) in enumerate(zip(samplings, histories, strict=True)):
-        plain = not _filters(sampling)
-        chosen.append(-1 if plain and sampling.temperature > 0 else _pick(logits[row], sampling, history))
-        if chosen[-1] < 0:
-            dense.append(row)
-    if dense:
-        scores = np.stack([_scores(logits[row], samplings[row], histories[row]) for row in dense])
-        keys = [(samplings[row].seed, len(histories[row])) for row in dense]
-        for row, token in zip(dense, (scores + _noise(keys, logits.shape[1])).argmax(axis=1), strict=True):
-            chosen[row] = int(token)
+    chosen = [0] * len(samplings)
+    whole: list[int] = []  # rows where every token is a candidate
+    some: list[int] = []  # rows that top-k or top-p narrows
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature <= 0:
+            chosen[row] = int(_penalised(logits[row], sampling, histories[row]).argmax())
+        elif sampling.top_k > 0 or sampling.top_p < 1.0:
+            some.append(row)
+        else:
+            whole.append(row)
+    keys = [(sampling.seed, len(history)) for sampling, history in zip(samplings, histories, strict=True)]
+    scores = {row: _scaled(logits[row], samplings[row], histories[row]) for row in (*whole, *some)}
+    # Noise is made for all rows at once: what a call costs hardly depends on how much it makes.
+    if whole:
+        noise = gumbel_of_all([keys[row] for row in whole], logits.shape[1])
+        for row, drawn in zip(whole, (np.stack([scores[row] for row in whole]) + noise).argmax(axis=1), strict=True):
+            chosen[row] = int(drawn)
+    if some:
+        tokens = [_candidates(scores[row], samplings[row].top_k, samplings[row].top_p) for row in some]
+        parts = gumbel_of([keys[row] for row in some], tokens)
+        for row, candidates, part in zip(some, tokens, parts, strict=True):
+            chosen[row] = int(candidates[(scores[row][candidates] + part).argmax()])
     return [
         Drawn(token) if sampling.logprobs is None else _with_logprobs(row, token, sampling.logprobs)
         for row, token, sampling in zip(logits, chosen, samplings, strict=True)
     ]
 
 
-def _filters(sampling: Sampling) -> bool:
-    return sampling.top_k > 0 or sampling.top_p < 1.0
+def _scaled(logits: Floats, sampling: Sampling, history: Sequence[int]) -> NDArray[np.float64]:
+    return _penalised(logits, sampling, history).astype(np.float64) / max(sampling.temperature, 1e-5)
 
 
-def _pick(logits: Floats, sampling: Sampling, history: Sequence[int]) -> int:
-    """Greedy, or a draw among the tokens that top-k and top-p leave."""
-    if sampling.temperature <= 0:
-        penalised = sampling.presence_penalty or sampling.frequency_penalty
-        return int((_penalised(logits, sampling, history) if penalised else logits).argmax())
-    scores = _scores(logits, sampling, history)
-    candidates = _candidates(scores, sampling.top_k, sampling.top_p)
-    noise = gumbel(sampling.seed, len(history), candidates)
-    return int(candidates[(scores[candidates] + noise).argmax()])
-
-
-def _scores(logits: Floats, sampling: Sampling, history: Sequence[int]) -> NDArray[np.float64]:
-    return _penalised(logits, sampling, history) / max(sampling.temperature, 1e-5)
-
-
-def _penalised(logits: Floats, sampling: Sampling, history: Sequence[int]) -> NDArray[np.float64]:
+def _penalised(logits: Floats, sampling: Sampling, history: Sequence[int]) -> Floats:
     """OpenAI's definition: logits[t] -= presence * (count[t] > 0) + frequency * count[t]."""
+    if not history or not (sampling.presence_penalty or sampling.frequency_penalty):
+        return logits
     scores = logits.astype(np.float64)
-    if history and (sampling.presence_penalty or sampling.frequency_penalty):
-        tokens, counts = np.unique(np.asarray(history, dtype=np.int64), return_counts=True)
-        scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    tokens, counts = np.unique(np.asarray(history, dtype=np.int64), return_counts=True)
+    scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     return scores
 
 
@@ -131,22 +127,31 @@ def _with_logprobs(logits: Floats, token: int, count: int) -> Drawn:
 # -- noise ---------------------------------------------------------------------------------------------------
 
 
-def gumbel(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise of some tokens, shape as `tokens`: the same values `draw` uses for all of them."""
-    lanes = philox(*_key_words([(seed, position)]), (tokens >> 2).astype(np.uint64)[None])
-    return _to_gumbel(lanes[tokens & 3, 0, np.arange(len(tokens))])
+Key = tuple[int, int]
+"""(seed, position)."""
 
 
-def _noise(keys: Sequence[tuple[int, int]], vocabulary: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise of every token, [len(keys), vocabulary], for keys (seed, position)."""
-    blocks = np.arange(-(-vocabulary // 4), dtype=np.uint64)[None]
-    lanes = philox(*_key_words(keys), blocks)
+def gumbel_of_all(keys: Sequence[Key], vocabulary: int) -> NDArray[np.float64]:
+    """Standard Gumbel noise of every token, [len(keys), vocabulary]."""
+    seeds, positions = _key_words(keys)
+    blocks = np.arange(-(-vocabulary // 4), dtype=np.uint64)
+    lanes = philox(seeds[:, None], positions[:, None], blocks[None])
     return _to_gumbel(lanes.transpose(1, 2, 0).reshape(len(keys), -1)[:, :vocabulary])
 
 
-def _key_words(keys: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    seeds = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed, _ in keys], dtype=np.uint64)[:, None]
-    return seeds, np.array([position for _, position in keys], dtype=np.uint64)[:, None]
+def gumbel_of(keys: Sequence[Key], tokens: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+    """For each key the noise of its `tokens`: the same values `gumbel_of_all` has for them."""
+    sizes = [len(some) for some in tokens]
+    flat = np.concatenate(tokens)
+    seeds, positions = (np.repeat(words, sizes) for words in _key_words(keys))
+    lanes = philox(seeds, positions, (flat >> 2).astype(np.uint64))
+    noise = _to_gumbel(lanes[flat & 3, np.arange(len(flat))])
+    return np.split(noise, np.cumsum(sizes)[:-1])
+
+
+def _key_words(keys: Sequence[Key]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    seeds = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed, _ in keys], dtype=np.uint64)
+    return seeds, np.array([position for _, position in keys], dtype=np.uint64)
 
 
 def philox(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
