@@ -29,7 +29,7 @@ Gateway = bytes
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A GRANT to send: `limit` is absolute, `seq` counts the grants to this gateway."""
+    """A GRANT to send: `limit` is absolute, `seq` rises with every grant of the book."""
 
     gateway: Gateway
     instance: int
@@ -87,7 +87,8 @@ class Ledger:
 class CreditBook:
     def __init__(self) -> None:
         self._ledgers: dict[int, Ledger] = {}
-        self._seq: dict[Gateway, int] = {}
+        self._gateways: dict[Gateway, None] = {}
+        self._seq = 0
         self._dirty: dict[int, None] = {}
         self._served = 0
 
@@ -97,7 +98,7 @@ class CreditBook:
         """An instance exists; capacity 0 while it is not ready. Opening again changes the capacity upwards."""
         ledger = self._ledgers.get(instance)
         if ledger is None:
-            ledger = self._ledgers[instance] = Ledger(0, {gateway: Share() for gateway in self._seq})
+            ledger = self._ledgers[instance] = Ledger(0, {gateway: Share() for gateway in self._gateways})
         if capacity < ledger.capacity:
             raise IllegalTransition(f"instance {instance} has {ledger.capacity} slots; they cannot become {capacity}")
         ledger.capacity = capacity
@@ -119,19 +120,25 @@ class CreditBook:
     def connect(self, gateway: Gateway) -> None:
         """A gateway said hello; one that is still known starts anew and leaves orphans."""
         self.disconnect(gateway)
-        self._seq[gateway] = 0
+        self._gateways[gateway] = None
         for instance, ledger in self._ledgers.items():
             ledger.shares[gateway] = Share()
             self._announce(instance, ledger, gateway)
 
     def disconnect(self, gateway: Gateway) -> None:
         """A gateway is gone: its slots are free once what it left running has ended (`give(instance, None)`)."""
-        if self._seq.pop(gateway, None) is None:
+        if gateway not in self._gateways:
             return
+        del self._gateways[gateway]
         for instance, ledger in self._ledgers.items():
             ledger.orphans += ledger.shares.pop(gateway).in_flight
             ledger.announce.discard(gateway)
             self._dirty[instance] = None
+
+    def ordinal(self) -> int:
+        """The next grant's seq. Never repeated, so that an acknowledgement cannot be mistaken for a later one's."""
+        self._seq += 1
+        return self._seq
 
     def want(self, instance: int, gateway: Gateway, seq: int, slots: int) -> None:
         """The gateway took in grants up to `seq` and could use `slots` beyond them. Unknown names are ignored:
@@ -227,8 +234,7 @@ class CreditBook:
         ledger.announce.clear()
         several = len(ledger.shares) > 1
         ledger.contended = any(
-            share.limit != targets[gateway] or (several and share.want > 0)
-            for gateway, share in ledger.shares.items()
+            share.limit != targets[gateway] or (several and share.want > 0) for gateway, share in ledger.shares.items()
         )
 
     def _targets(self, ledger: Ledger) -> dict[Gateway, int]:
@@ -269,7 +275,7 @@ class CreditBook:
             share.served = self._served
             share.want = max(0, share.want - (limit - share.limit))
         share.limit = limit
-        seq = self._seq[gateway] = self._seq[gateway] + 1
+        seq = self.ordinal()
         share.pending.append((seq, limit))
         grants.append(Granted(gateway, instance, seq, limit))
 
@@ -282,7 +288,7 @@ class CreditBook:
     def validate(self) -> None:
         """Raises AssertionError when a rule of this module does not hold."""
         for instance, ledger in self._ledgers.items():
-            assert set(ledger.shares) == set(self._seq), (instance, ledger)
+            assert set(ledger.shares) == set(self._gateways), (instance, ledger)
             assert ledger.orphans >= 0 and all(share.in_flight >= 0 for share in ledger.shares.values())
             if ledger.capacity:
                 assert ledger.free >= 0, (instance, ledger)

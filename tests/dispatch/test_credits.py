@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from sllm_faas.dispatch.credits import CreditBook, Granted
 from sllm_faas.errors import IllegalTransition
 
@@ -57,7 +59,7 @@ def test_a_gateway_that_joins_later_is_told_of_every_instance() -> None:
 
 def test_a_recalled_slot_is_granted_again_only_after_the_acknowledgement() -> None:
     book = ready(2, A, B)
-    book.want(1, B, 1, 1)
+    book.want(1, B, book.ordinal(), 1)
     recall = book.settle()
     assert limits(recall) == {A: 0}
     assert book.settle() == []
@@ -98,7 +100,7 @@ def test_a_lost_gateways_slots_return_when_its_orphans_end() -> None:
     book = ready(2, A, B)
     assert book.take(1, A)
     book.disconnect(A)
-    book.want(1, B, 1, 1)
+    book.want(1, B, book.ordinal(), 1)
     assert book.settle() == []
     book.give(1, None)
     assert limits(book.settle()) == {B: 2}

@@ -1,0 +1,105 @@
+"""The port of a container runtime: how an isolated process tree is started, watched and ended.
+
+    start(spec) ──► Handle ──► Output* ──► Exited
+                      └── signal, stop(grace), stats
+
+`process` forks instances from warm zygotes; other runtimes come behind the same port. Invariant: after `stop`
+returned, or `Exited` was told, nothing of the container's process tree is alive.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from sllm_faas.errors import PlatformError
+from sllm_faas.spec import FunctionSpec, Warmth
+
+
+class ForkFailed(PlatformError):
+    """The runtime could not make a process: out of memory or process numbers, or its zygotes keep dying."""
+
+    code = "fork_failed"
+    status = 503
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """What to start. `config` is the runner's configuration as JSON: it holds secrets and is never logged.
+
+    `spec` and `object_dir` choose the warmth layers; None where there is nothing to prepare. `memory_limit_mb`
+    is enforced where control groups allow it.
+    """
+
+    name: str
+    config: bytes
+    spec: FunctionSpec | None = None
+    object_dir: str = ""
+    memory_limit_mb: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """`status` as of waitpid's exit code: negative for a signal; None when nobody could tell."""
+
+    status: int | None
+
+    def __str__(self) -> str:
+        if self.status is None:
+            return "for an unknown reason"
+        if self.status < 0:
+            try:
+                name = signal.Signals(-self.status).name
+            except ValueError:
+                name = f"signal {-self.status}"
+            return f"killed by {name}"
+        return f"with exit status {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Bytes the process tree wrote to its descriptor 1 or 2."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+Event = Output | Exited
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Of the whole process tree: resident MiB without what it shares, CPU seconds, processes."""
+
+    memory_mb: float
+    cpu_seconds: float
+    processes: int
+
+
+class Handle(Protocol):
+    @property
+    def pid(self) -> int: ...
+    @property
+    def warmth(self) -> Warmth:
+        """The layer that existed when the start began."""
+
+    @property
+    def exited(self) -> Exited | None: ...
+    def signal(self, number: int) -> None:
+        """Signal the main process; nothing happens when it is gone."""
+
+    async def stop(self, grace: float) -> Exited:
+        """SIGTERM, after `grace` seconds SIGKILL, of the whole tree; returns when nothing of it is alive."""
+
+    def stats(self) -> Stats | None: ...
+
+
+class Runtime(Protocol):
+    async def start(self, spec: ContainerSpec, on_event: OnEvent) -> Handle:
+        """Raises ForkFailed, and what preparing a layer raised (ImportFailed, CheckpointError …)."""
+
+    async def close(self) -> None:
+        """Kill everything it started, zygotes too."""

@@ -1,0 +1,452 @@
+"""The process runtime: instances forked from warm zygotes.
+
+    start(spec) ─► layers(spec) ─► zygote of each layer (made once, by whoever needs it first) ─► fork ─► handle
+
+It owns the zygotes' control sockets and watches every process by its pidfd. Invariant: `Exited` is told once per
+instance, after everything below it is dead and its output was read to the end. A zygote's death touches no
+instance; it is made again when it is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from sllm_faas import logging
+from sllm_faas.errors import ErrorInfo, from_info
+from sllm_faas.spec import FunctionSpec, Warmth
+from sllm_invoker.containers import pool, tree, zygote
+from sllm_invoker.containers.base import ContainerSpec, Exited, ForkFailed, OnEvent, Output, Stats
+from sllm_invoker.containers.cgroup import Cgroups
+from sllm_invoker.containers.pool import Layer, Pool
+
+READ = 64 * 1024
+TRIES = 4
+STATUS_WAIT = 0.5
+"""Seconds a dead instance's zygote has to tell the exit status."""
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of zygotes: a process with threads cannot be forked safely."""
+
+
+class ZygoteDied(ForkFailed):
+    """The zygote ended before it answered; worth another try."""
+
+    code = "zygote_died"
+
+
+class _Zygote:
+    """The invoker's end of one zygote."""
+
+    def __init__(self, layer: Layer, control: socket.socket, on_exit: Callable[[int, int], None]) -> None:
+        self.layer = layer
+        self.pid = 0
+        self._control = control
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._requests: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._next = 0
+        self._queue: deque[tuple[dict[str, Any], list[int]]] = deque()
+        control.setblocking(False)
+        self._loop.add_reader(control, self._readable)
+
+    def request(self, message: dict[str, Any], fds: list[int]) -> asyncio.Future[tuple[int, int]]:
+        """Resolves to (pid, pidfd). `fds` are duplicated; they stay the caller's."""
+        self._next += 1
+        future: asyncio.Future[tuple[int, int]] = self._loop.create_future()
+        if self.ended.done():
+            future.set_exception(ZygoteDied(f"zygote {self.layer.key} has ended"))
+            return future
+        self._requests[self._next] = future
+        self._queue.append(({**message, "request": self._next}, [os.dup(fd) for fd in fds]))
+        self._flush()
+        return future
+
+    def _flush(self) -> None:
+        try:
+            while self._queue:
+                message, fds = self._queue[0]
+                zygote.send(self._control, message, fds)
+                self._queue.popleft()
+                for fd in fds:
+                    os.close(fd)
+            self._loop.remove_writer(self._control)
+        except BlockingIOError:
+            self._loop.add_writer(self._control, self._flush)
+        except OSError:
+            self.close()
+
+    def _readable(self) -> None:
+        try:
+            while (received := zygote.receive(self._control)) is not None:
+                self._handle(*received)
+            self.close()
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            self.close()
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        match message["op"]:
+            case "ready" | "error":
+                if not self.ready.done():
+                    self.ready.set_result(message)
+            case "exited":
+                self._on_exit(message["pid"], message["status"])
+            case "forked":
+                future = self._requests.pop(message["request"], None)
+                if future is None or future.done():
+                    tree.kill(message["pid"])
+                    os.close(fds[0])
+                else:
+                    future.set_result((message["pid"], fds[0]))
+            case "failed":
+                future = self._requests.pop(message["request"], None)
+                if future is not None and not future.done():
+                    future.set_exception(ForkFailed(f"no new process could be made: {message['error']}"))
+
+    def close(self) -> None:
+        """End it; what it forked lives on. Idempotent."""
+        if self.ended.done():
+            return
+        self.ended.set_result(None)
+        self._loop.remove_reader(self._control)
+        self._loop.remove_writer(self._control)
+        self._control.close()
+        for _, fds in self._queue:
+            for fd in fds:
+                os.close(fd)
+        self._queue.clear()
+        died = ZygoteDied(f"zygote {self.layer.key} died")
+        if not self.ready.done():
+            self.ready.set_result({"op": "died"})
+        for future in self._requests.values():
+            if not future.done():
+                future.set_exception(died)
+        self._requests.clear()
+
+
+class ProcessHandle:
+    """One instance. See `base.Handle`."""
+
+    def __init__(self, runtime: ProcessRuntime, spec: ContainerSpec, warmth: Warmth, on_event: OnEvent) -> None:
+        self._runtime = runtime
+        self.spec = spec
+        self.warmth: Warmth = warmth
+        self.pid = 0
+        self.exited: Exited | None = None
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pidfd = -1
+        self._on_event = on_event
+        self._pipes: dict[int, Literal["stdout", "stderr"]] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<instance {self.spec.name} pid {self.pid} {self.exited or 'alive'}>"
+
+    def attach(self, pid: int, pidfd: int, out: int, err: int) -> None:
+        self.pid, self._pidfd = pid, pidfd
+        loop = asyncio.get_running_loop()
+        self._pipes = {out: "stdout", err: "stderr"}
+        for fd in self._pipes:
+            loop.add_reader(fd, self._read, fd)
+        self._watch = loop.create_task(self._watching())
+
+    def _read(self, fd: int) -> bool:
+        try:
+            data = os.read(fd, READ)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close_pipe(fd)
+            return False
+        self._on_event(Output(self._pipes[fd], data))
+        return True
+
+    def _close_pipe(self, fd: int) -> None:
+        if self._pipes.pop(fd, None) is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+
+    async def _watching(self) -> None:
+        await tree.gone(self._pidfd)
+        status = await self._runtime.ended(self)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        for fd in list(self._pipes):
+            while fd in self._pipes and self._read(fd):
+                pass
+            self._close_pipe(fd)
+        self.exited = Exited(status)
+        self._on_event(self.exited)
+
+    def signal(self, number: int) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def stop(self, grace: float) -> Exited:
+        assert self._watch is not None
+        if grace > 0:
+            self.signal(signal.SIGTERM)
+            await asyncio.wait([self._watch], timeout=grace)
+        self.signal(signal.SIGKILL)
+        await asyncio.shield(self._watch)
+        assert self.exited is not None
+        return self.exited
+
+    def stats(self) -> Stats | None:
+        if self.exited is not None:
+            return None
+        pids = [self.pid, *tree.descendants(self.pid)]
+        page, tick = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+        memory, cpu = 0, 0.0
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+                memory += (resident - shared) * page
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+                cpu += (int(fields[11]) + int(fields[12])) / tick
+        return Stats(memory / 2**20, cpu, len(pids))
+
+
+class ProcessRuntime:
+    """See `base.Runtime`. `entry` is what a forked instance runs; tests put their own there."""
+
+    def __init__(
+        self,
+        node: str,
+        processes: tree.Tree,
+        *,
+        env: Mapping[str, str] | None = None,
+        entry: str = zygote.ENTRY,
+        policy: Pool | None = None,
+    ) -> None:
+        self._tree = processes
+        self._entry = entry
+        self._env = {**(os.environ if env is None else env), **ONE_THREAD, tree.MARK: processes.mark}
+        self._log = logging.get("invoker").bind(node=node)
+        self._loop = asyncio.get_running_loop()
+        self._lifeline_r, self._lifeline_w = os.pipe2(os.O_CLOEXEC)
+        self.pool = policy or Pool()
+        self._zygotes: dict[str, _Zygote] = {}
+        self._making: dict[str, asyncio.Task[_Zygote]] = {}
+        self._handles: dict[int, ProcessHandle] = {}
+        self._cgroups = Cgroups(node)
+        self._cgroups.clean()
+        self._closed = False
+        self._sweeper: asyncio.Task[int] | None = None
+
+    # -- instances -------------------------------------------------------------------------------------------
+
+    async def start(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
+        layers = pool.path(spec.spec, spec.object_dir)
+        warmest = self.pool.warmest(layers)
+        handle = ProcessHandle(self, spec, warmest.warmth if warmest else "cold", on_event)
+        last: ZygoteDied | None = None
+        for _ in range(TRIES):
+            try:
+                return await self._fork(handle, await self._zygote(layers, spec))
+            except ZygoteDied as died:
+                last = died
+        assert last is not None
+        raise ForkFailed(f"{last.message}, {TRIES} times", hint="The invoker's log shows why.")
+
+    async def _fork(self, handle: ProcessHandle, parent: _Zygote) -> ProcessHandle:
+        spec = handle.spec
+        groups = self._cgroups.make(spec.name, spec.memory_limit_mb)
+        config = _memfd(spec.config)
+        out_r, out_w = os.pipe2(os.O_CLOEXEC)
+        err_r, err_w = os.pipe2(os.O_CLOEXEC)
+        try:
+            message = {"op": "instance", "entry": self._entry, "cgroups": groups}
+            pid, pidfd = await parent.request(message, [config, out_w, err_w])
+        except BaseException:
+            os.close(out_r)
+            os.close(err_r)
+            self._cgroups.remove(spec.name)
+            raise
+        finally:
+            for fd in (config, out_w, err_w):
+                os.close(fd)
+        for fd in (out_r, err_r):
+            os.set_blocking(fd, False)
+        self.pool.served(parent.layer.key)
+        self._tree.add(pid)
+        self._handles[pid] = handle
+        handle.attach(pid, pidfd, out_r, err_r)
+        return handle
+
+    async def ended(self, handle: ProcessHandle) -> int | None:
+        """An instance's process is dead: what is its status? Kills what it left; called by the handle alone."""
+        pid = handle.pid
+        status: int | None = None
+        try:
+            status = tree.wait(pid)  # its zygote may have died before it; then it is our child
+        except ChildProcessError:
+            with contextlib.suppress(TimeoutError):
+                status = await asyncio.wait_for(asyncio.shield(handle.status), STATUS_WAIT)
+        self._handles.pop(pid, None)
+        self._tree.remove(pid)
+        left = await self._tree.sweep()
+        if left:
+            self._log.warning("processes_left_behind", instance=handle.spec.name, killed=left)
+        if self._cgroups.killed_for_memory(handle.spec.name):
+            self._log.warning("memory_limit_reached", instance=handle.spec.name, limit_mb=handle.spec.memory_limit_mb)
+        self._cgroups.remove(handle.spec.name)
+        return status
+
+    def _child_exited(self, pid: int, status: int) -> None:
+        handle = self._handles.get(pid)
+        if handle is not None and not handle.status.done():
+            handle.status.set_result(status)
+
+    # -- zygotes ---------------------------------------------------------------------------------------------
+
+    async def warm(self) -> None:
+        """Make the base zygote now, so that the first instance does not wait for it."""
+        await self._zygote(pool.path(None, ""), None)
+
+    def tidy(self) -> None:
+        """End the zygotes that are not worth their memory any more."""
+        for key in self.pool.surplus(self._loop.time()):
+            self.pool.leave(key)
+            found = self._zygotes.pop(key, None)
+            if found is not None:
+                found.close()
+                self._tree.remove(found.pid)
+
+    async def _zygote(self, layers: list[Layer], spec: ContainerSpec | None) -> _Zygote:
+        """The zygote of the last of `layers`, made through the ones before it where they are missing."""
+        parent: _Zygote | None = None
+        for layer in layers:
+            found = self._zygotes.get(layer.key)
+            if found is None:
+                task = self._making.get(layer.key)
+                if task is None:
+                    task = self._loop.create_task(self._make(layer, parent, spec))
+                    self._making[layer.key] = task
+                    task.add_done_callback(functools.partial(self._made, layer.key))
+                found = await asyncio.shield(task)
+            parent = found
+        self.pool.use(layers, self._loop.time())
+        assert parent is not None
+        return parent
+
+    def _made(self, key: str, _: asyncio.Task[_Zygote]) -> None:
+        self._making.pop(key, None)
+
+    async def _make(self, layer: Layer, parent: _Zygote | None, spec: ContainerSpec | None) -> _Zygote:
+        wait = self.pool.wait(layer.key, self._loop.time())
+        if wait:
+            await asyncio.sleep(wait)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made = _Zygote(layer, ours, self._child_exited)
+        try:
+            made.pid = await self._spawn(layer, parent, spec, theirs)
+        except BaseException:
+            made.close()
+            raise
+        finally:
+            theirs.close()
+        self._tree.add(made.pid)
+        answer = await made.ready
+        if answer["op"] != "ready":
+            made.close()
+            self._tree.remove(made.pid)
+            if answer["op"] == "error":
+                raise from_info(msgspec.convert(answer["info"], ErrorInfo))
+            self.pool.died(layer.key, self._loop.time())
+            raise ZygoteDied(f"zygote {layer.key} died while it was made")
+        if answer["threads"] != 1:
+            self._log.warning("zygote_has_threads", layer=layer.key, threads=answer["threads"])
+        self._log.info("zygote_ready", layer=layer.key, pid=made.pid, seconds=round(answer["seconds"], 3))
+        self._zygotes[layer.key] = made
+        self.pool.admit(layer, self._loop.time())
+        made.ended.add_done_callback(lambda _: self._zygote_ended(made))
+        return made
+
+    async def _spawn(
+        self, layer: Layer, parent: _Zygote | None, spec: ContainerSpec | None, control: socket.socket
+    ) -> int:
+        if parent is None:
+            command = [sys.executable, "-P", "-m", "sllm_invoker.containers.zygote"]
+            process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, once
+                [*command, str(control.fileno()), str(self._lifeline_r)],
+                pass_fds=(control.fileno(), self._lifeline_r),
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                env=self._env,
+                start_new_session=True,
+            )
+            process.returncode = 0  # we reap it ourselves, as a child among others
+            return process.pid
+        fds = [control.fileno()]
+        payload = -1
+        if layer.warmth == "template":
+            assert spec is not None
+            payload = _memfd(_template(spec.spec, spec.object_dir))
+            fds.append(payload)
+        try:
+            pid, pidfd = await parent.request({"op": "layer", "key": layer.key, "libs": list(layer.libs)}, fds)
+        finally:
+            if payload >= 0:
+                os.close(payload)
+        os.close(pidfd)
+        return pid
+
+    def _zygote_ended(self, ended: _Zygote) -> None:
+        key = ended.layer.key
+        if self._closed or self._zygotes.get(key) is not ended:
+            return
+        del self._zygotes[key]
+        self._tree.remove(ended.pid)
+        wait = self.pool.died(key, self._loop.time())
+        self._log.warning("zygote_died", layer=key, pid=ended.pid, retry_after=wait)
+        self._sweeper = self._loop.create_task(self._tree.sweep())
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in list(self._making.values()):
+            task.cancel()
+        await asyncio.gather(*(handle.stop(0) for handle in list(self._handles.values())))
+        for found in self._zygotes.values():
+            found.close()
+            self._tree.remove(found.pid)
+        self._zygotes.clear()
+        os.close(self._lifeline_w)
+        os.close(self._lifeline_r)
+        await self._tree.sweep()
+
+
+def _memfd(data: bytes) -> int:
+    fd = os.memfd_create("sllm", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(data)
+    return fd
+
+
+def _template(spec: FunctionSpec | None, object_dir: str) -> bytes:
+    assert spec is not None
+    return json.dumps({"spec": dataclasses.asdict(spec), "object_dir": object_dir}).encode()

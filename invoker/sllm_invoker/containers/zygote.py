@@ -1,0 +1,236 @@
+"""A zygote: a single-threaded process that forks instances, and zygotes one layer warmer, on request.
+
+    python -m sllm_invoker.containers.zygote CONTROL LIFELINE        (the base; the others are forked)
+
+Spoken over a SOCK_SEQPACKET pair, JSON with descriptors beside it (SCM_RIGHTS); payloads that may be large or
+secret travel as memfds:
+
+    invoker ─► {"op": "layer", "request", "key", "libs"} + [control end, template memfd?]
+            ─► {"op": "instance", "request", "entry", "cgroups"} + [config memfd, stdout, stderr]
+            ◄─ {"op": "forked", "request", "pid"} + [pidfd]   |  {"op": "failed", "request", "error"}
+            ◄─ {"op": "exited", "pid", "status"}
+    a new layer, on its own control end ─► {"op": "ready", "seconds", "threads"} | {"op": "error", "info"}
+
+Invariants: nothing here starts a thread or runs user code before the last fork; whoever holds the lifeline's read
+end dies with its invoker — the kernel sends SIGKILL to the process group at its end of file, so even code that
+never yields the interpreter cannot outlive it. End of file on the control socket ends the zygote alone.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_MESSAGE = 64 * 1024
+MAX_FDS = 8
+ENTRY = "sllm_invoker.runner.main:run"
+BASE_MODULES = ("asyncio", "sllm", "sllm_invoker.runner.main", "sllm_invoker.runner.template")
+OOM_SCORE = 500
+"""Above the invoker's 0: an instance is killed before the process that owns it."""
+
+_F_SETSIG = 10
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants of this process become its children instead of init's."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def arm_lifeline(lifeline: int) -> int:
+    """Have the kernel kill this process group when the pipe behind `lifeline` loses its writer.
+
+    Needs an open file description of its own, because owner and signal belong to that; returns it."""
+    own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([own], [], [], 0)[0]:  # it ended before it was armed
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    return own
+
+
+def receive(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """One message and its descriptors; None at the end."""
+    data, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return (json.loads(data), list(fds)) if data else None
+
+
+def send(control: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    """Raises OSError; BlockingIOError on a non-blocking socket that is full."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    control.sendmsg([json.dumps(message).encode()], rights)
+
+
+def read_memfd(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, lifeline: int) -> None:
+        self._control = control
+        self._lifeline = lifeline
+        """The inherited end, never armed itself: armed ones are opened anew from it in every process."""
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def serve(self) -> NoReturn:
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(self._wake_r, select.POLLIN)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                ready = {fd for fd, _ in poller.poll()}
+                if self._wake_r in ready:
+                    os.read(self._wake_r, 4096)
+                    self._reap()
+                if self._control.fileno() in ready:
+                    message = receive(self._control)
+                    if message is None:
+                        break
+                    self._handle(*message)
+        os._exit(0)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                send(self._control, {"op": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if not pid:
+                self._child(message, fds)
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            send(self._control, {"op": "failed", "request": message["request"], "error": str(error)})
+        else:
+            send(self._control, {"op": "forked", "request": message["request"], "pid": pid}, [pidfd])
+            os.close(pidfd)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _child(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
+        status = 70
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            self._control.close()
+            os.close(self._wake_r)
+            os.close(self._wake_w)
+            if message["op"] == "layer":
+                self._layer(message, fds)
+            self._instance(message, fds)
+        except SystemExit as leave:
+            status = leave.code if isinstance(leave.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
+            os._exit(status)
+
+    def _layer(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
+        control = socket.socket(fileno=fds[0])
+        arm_lifeline(self._lifeline)
+        began = time.perf_counter()
+        try:
+            from sllm_invoker.runner import template
+
+            template.import_libs(message["libs"])
+            if len(fds) > 1:
+                import msgspec
+
+                from sllm_faas.spec import FunctionSpec
+
+                wanted = json.loads(read_memfd(fds[1]))
+                template.prepare(msgspec.convert(wanted["spec"], FunctionSpec), wanted["object_dir"])
+                os.close(fds[1])
+        except BaseException as error:
+            send(control, {"op": "error", "info": describe(error)})
+            os._exit(1)
+        send(control, {"op": "ready", "seconds": time.perf_counter() - began, "threads": threads()})
+        Zygote(control, self._lifeline).serve()
+
+    def _instance(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
+        for group in message["cgroups"]:
+            with contextlib.suppress(OSError):  # no limit then; said once by whoever made the group
+                Path(group, "cgroup.procs").write_text(str(os.getpid()))
+        become_subreaper()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+        config_fd, out, err = fds
+        config = read_memfd(config_fd)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        lifeline = arm_lifeline(self._lifeline)
+        for fd in (*fds, self._lifeline):
+            os.close(fd)
+        from sllm_invoker.runner.config import loads
+
+        module, _, name = message["entry"].partition(":")
+        run = getattr(importlib.import_module(module), name)
+        run(dataclasses.replace(loads(config), lifeline=lifeline))
+        os._exit(0)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An error of preparing a layer as ErrorInfo's fields, with its traceback."""
+    from sllm_faas.errors import SllmError, to_info
+
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, SllmError):
+        return {**dataclasses.asdict(to_info(error)), "args": "", "traceback": error.traceback or text}
+    return {"code": "start_failed", "message": f"{type(error).__name__}: {error}", "status": 503, "traceback": text}
+
+
+def main() -> NoReturn:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    lifeline = int(sys.argv[2])
+    os.set_inheritable(control.fileno(), False)
+    os.set_inheritable(lifeline, False)
+    arm_lifeline(lifeline)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    began = time.perf_counter()
+    for name in BASE_MODULES:
+        importlib.import_module(name)
+    send(control, {"op": "ready", "seconds": time.perf_counter() - began, "threads": threads()})
+    Zygote(control, lifeline).serve()
+
+
+if __name__ == "__main__":
+    main()
