@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 8192
 TEMPERATURE = 2.0
-SHAPES = ((64, 48), (12, 256), (64, 48), (12, 256), (64, 48), (3, 1024), (64, 48), (1, 3072))
+SHAPES = ((64, 48), (12, 256), (64, 48), (3, 1024), (64, 48), (12, 256), (64, 48), (1, 4096))
 """Texts × tokens of the steps, in turn."""
 
 
@@ -67,6 +67,7 @@ class Texts:
         return torch.tensor(texts), torch.tensor(answers)
 
     def _text(self, length: int) -> list[int]:
+        """A chat, or plain text and then a chat: perhaps one long answer, and short ones up to the end."""
         words, chance = self._words, self._random.random
         text: list[int] = []
         if chance() < 0.5:
@@ -75,7 +76,7 @@ class Texts:
             if chance() < 0.3:
                 text += [words.system, *self._content(), words.end]
             text += [words.user, *self._content(), words.end, words.assistant]
-            text += [*self._answer(length), words.end]
+            text += [*self._answer(min(length, 64)), words.end]
         return text[:length]
 
     def _content(self) -> list[int]:
@@ -177,7 +178,7 @@ def save(model: LlamaForCausalLM, words: Words, tokenizer: object, out: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
