@@ -15,8 +15,6 @@ Importing this costs a few milliseconds: the HTTP client, asyncio and the codec 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from sllm._app import App, FunctionDecorator, Llm
 from sllm._cls import Cls, Parameters, method
 from sllm._code import batched, concurrent, enter, exit, parameter
@@ -27,15 +25,11 @@ from sllm_faas import errors
 from sllm_faas.errors import RemoteError, SllmError
 from sllm_faas.spec import Timeouts
 
-if TYPE_CHECKING:
-    from sllm.client import Client
-
 __all__ = [
     "AnyFunction",
     "App",
     "Cancelled",
     "Checkpoint",
-    "Client",
     "Cls",
     "Function",
     "FunctionDecorator",
@@ -57,11 +51,3 @@ __all__ = [
     "method",
     "parameter",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Client":
-        from sllm.client import Client
-
-        return Client
-    raise AttributeError(f"module 'sllm' has no attribute {name!r}")

@@ -119,8 +119,15 @@ class App:
         self._add(llm_spec(name, checkpoint, **options), handle := Llm(self.name, name))
         return handle
 
-    def local_entrypoint(self, fn: F, /) -> F:
+    @overload
+    def local_entrypoint(self, fn: F, /) -> F: ...
+    @overload
+    def local_entrypoint(self, /) -> Callable[[F], F]: ...
+    def local_entrypoint(self, fn: Any = None, /) -> Any:
         """What `sllm run file.py` runs here, on the caller's machine; its parameters become options."""
+        return self._entrypoint if fn is None else self._entrypoint(fn)
+
+    def _entrypoint(self, fn: Any) -> Any:
         check_not_wrapped(fn, "local_entrypoint")
         code = Code.of(fn, "the local entrypoint")
         if code.stream:

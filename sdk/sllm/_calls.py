@@ -13,12 +13,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sllm import _backend
 from sllm._backend import Backend, Call
 from sllm._context import Cancelled, current_invocation
-from sllm_faas.errors import SllmError
+from sllm_faas.errors import QueueFull, SllmError, Unavailable
 from sllm_faas.spec import RetryPolicy
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ Sleep = Callable[[float], Awaitable[None]]
 
 STREAM_WINDOW = 64
 """Outputs of a stream held between the loop thread and its consumer; beyond that the backend is not read."""
-
-RETRIED = frozenset({429, 502, 503})
 
 
 # -- in flight, by the invocation that caused it ---------------------------------------------------------------
@@ -79,16 +78,26 @@ def wait(future: Future[T]) -> T:
 # -- retries ---------------------------------------------------------------------------------------------------
 
 
-def retryable(error: BaseException) -> bool:
-    """The platform refused or lost the call. Never an exception of the function itself, whatever its type."""
-    return isinstance(error, SllmError) and error.status in RETRIED and not hasattr(error, "remote_traceback")
+@dataclass(frozen=True, slots=True)
+class Retrying:
+    """Which failed calls are tried again, and when.
 
+    A function's own policy is the gateway's to apply once it has the call; the caller applies it to calls that
+    no gateway took (unreachable, queue full). With `lost` (a policy given with `with_options`) the caller also
+    retries what came back as lost or without capacity: statuses 502 and 503.
+    """
 
-def _pause(policy: RetryPolicy, attempt: int, error: BaseException) -> float | None:
-    """Seconds to wait before retry number `attempt`; None: do not."""
-    if attempt > policy.max_retries or not retryable(error):
-        return None
-    return max(policy.delay(attempt), getattr(error, "retry_after", None) or 0.0)
+    policy: RetryPolicy
+    lost: bool = False
+
+    def pause(self, attempt: int, error: BaseException) -> float | None:
+        """Seconds to wait before retry number `attempt` (from 1); None: do not. Never for an exception that the
+        function itself raised, whatever its type."""
+        refused = isinstance(error, Unavailable | QueueFull)
+        lost = self.lost and isinstance(error, SllmError) and error.status in (502, 503)
+        if attempt > self.policy.max_retries or not (refused or lost) or hasattr(error, "remote_traceback"):
+            return None
+        return max(self.policy.delay(attempt), getattr(error, "retry_after", None) or 0.0)
 
 
 async def _sleep(seconds: float) -> None:
@@ -97,20 +106,20 @@ async def _sleep(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-async def call(backend: Backend, call: Call, policy: RetryPolicy, sleep: Sleep = _sleep) -> bytes:
+async def call(backend: Backend, call: Call, retrying: Retrying, sleep: Sleep = _sleep) -> bytes:
     attempt = 0
     while True:
         try:
             return await backend.call(call)
         except SllmError as error:
             attempt += 1
-            pause = _pause(policy, attempt, error)
+            pause = retrying.pause(attempt, error)
             if pause is None:
                 raise
         await sleep(pause)
 
 
-async def stream(backend: Backend, call: Call, policy: RetryPolicy, sleep: Sleep = _sleep) -> AsyncGenerator[bytes]:
+async def stream(backend: Backend, call: Call, retrying: Retrying, sleep: Sleep = _sleep) -> AsyncGenerator[bytes]:
     """Retried until the first output, never after it."""
     attempt, begun = 0, False
     while True:
@@ -122,7 +131,7 @@ async def stream(backend: Backend, call: Call, policy: RetryPolicy, sleep: Sleep
             return
         except SllmError as error:
             attempt += 1
-            pause = None if begun else _pause(policy, attempt, error)
+            pause = None if begun else retrying.pause(attempt, error)
             if pause is None:
                 raise
         finally:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, dataclass_transform, overload
 
-from sllm._code import HOOK, Code, Coro, Parameter, parameter, parameter_spec
+from sllm._code import HOOK, Code, Coro, Parameter, check_not_wrapped, parameter, parameter_spec
 from sllm._function import Address, AnyFunction, Function, StreamFunction, make
 from sllm_faas.errors import BadRequest, BadSpec
 from sllm_faas.parameters import Value, bind
@@ -52,18 +52,33 @@ class Method:
         return make(Address(cls.app, cls.name, self.name, canonical(values)), code, cls.retries)
 
 
-# The overlap that the ignores accept: what returns an iterator or a coroutine also "returns something".
-@overload
-def method(fn: Callable[Concatenate[Any, P], AsyncIterator[Y]], /) -> StreamFunction[P, Y, AsyncIterator[Y]]: ...  # type: ignore[overload-overlap]
-@overload
-def method(fn: Callable[Concatenate[Any, P], Iterator[Y]], /) -> StreamFunction[P, Y, Iterator[Y]]: ...  # type: ignore[overload-overlap]
-@overload
-def method(fn: Callable[Concatenate[Any, P], Coro[R]], /) -> Function[P, R, Coro[R]]: ...
-@overload
-def method(fn: Callable[Concatenate[Any, P], R], /) -> Function[P, R, R]: ...
-def method(fn: Any, /) -> Any:
-    """A method that can be called remotely. Inside the class another one is called with `self.other.local(…)`."""
-    return Method(Code.of(fn, f"the argument of @sllm.method ({getattr(fn, '__name__', fn)})"))
+class MethodDecorator:
+    """`sllm.method`, bare or with empty parentheses. What the code returns decides which calls are allowed."""
+
+    # The overlap that the ignores accept: what returns an iterator or a coroutine also "returns something".
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[Concatenate[Any, P], AsyncIterator[Y]], /
+    ) -> StreamFunction[P, Y, AsyncIterator[Y]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[Concatenate[Any, P], Iterator[Y]], /
+    ) -> StreamFunction[P, Y, Iterator[Y]]: ...
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], Coro[R]], /) -> Function[P, R, Coro[R]]: ...
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Function[P, R, R]: ...
+    @overload
+    def __call__(self, /) -> MethodDecorator: ...
+    def __call__(self, fn: Any = None, /) -> Any:
+        """A method that can be called remotely. Inside the class another one is called `self.other.local(…)`."""
+        if fn is None:
+            return self
+        check_not_wrapped(fn, "method")
+        return Method(Code.of(fn, f"the argument of @sllm.method ({getattr(fn, '__name__', fn)})"))
+
+
+method = MethodDecorator()
 
 
 class Cls:

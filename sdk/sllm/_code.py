@@ -164,21 +164,29 @@ def batched(*, max_batch_size: int, wait_ms: float = 10.0) -> _Batched:
 
 def _hook(kind: Literal["enter", "exit"], fn: F) -> F:
     if not inspect.isfunction(fn):
-        raise BadSpec(f"@sllm.{kind} is given {fn!r}; allowed: methods. Write it without parentheses: @sllm.{kind}.")
+        raise BadSpec(f"@sllm.{kind} is given {fn!r}; allowed: methods.")
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise BadSpec(f"@sllm.{kind} method {fn.__name__!r} is a generator; allowed: plain or async methods.")
     setattr(fn, HOOK, kind)
     return fn
 
 
-def enter(fn: F) -> F:
+@overload
+def enter(fn: F, /) -> F: ...
+@overload
+def enter() -> Callable[[F], F]: ...
+def enter(fn: Any = None, /) -> Any:
     """A method to run once when an instance starts, before its first invocation. May be async."""
-    return _hook("enter", fn)
+    return _hook("enter", fn) if fn is not None else lambda fn: _hook("enter", fn)
 
 
-def exit(fn: F) -> F:
+@overload
+def exit(fn: F, /) -> F: ...
+@overload
+def exit() -> Callable[[F], F]: ...
+def exit(fn: Any = None, /) -> Any:
     """A method to run once when an instance ends in an orderly way. May be async."""
-    return _hook("exit", fn)
+    return _hook("exit", fn) if fn is not None else lambda fn: _hook("exit", fn)
 
 
 @dataclass(frozen=True, slots=True)

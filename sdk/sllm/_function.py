@@ -67,14 +67,12 @@ class Stream(Generic[P, Y]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Generator[Y, None, None]:
         from sllm import _calls
 
-        call = self._function._call(args, kwargs)
-        return _calls.stream_sync(_calls.stream(_backend.current(), call, self._function._retries), _decode)
+        return _calls.stream_sync(self._function._outputs(args, kwargs), _decode)
 
     def aio(self, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Y, None]:
         from sllm import _calls
 
-        call = self._function._call(args, kwargs)
-        return _calls.stream_async(_calls.stream(_backend.current(), call, self._function._retries), _decode)
+        return _calls.stream_async(self._function._outputs(args, kwargs), _decode)
 
 
 class _MapBase(Generic[R]):
@@ -264,6 +262,7 @@ class _Callable(Generic[P, L]):
         self._address = address
         self._code = code
         self._retries = retries
+        self._retry_lost = False
         self._limits: tuple[tuple[Phase, float], ...] = ()
         self._local = local if local is not None or code is None else code.call
         self.__doc__ = code.raw.__doc__ if code else None
@@ -302,7 +301,7 @@ class _Callable(Generic[P, L]):
         elif timeout is not None:
             changed._limits = (("execution", as_timeouts(timeout).execution or 0.0),)
         if retries is not None:
-            changed._retries = as_retries(retries)
+            changed._retries, changed._retry_lost = as_retries(retries), True
         return changed
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _backend.Call:
@@ -322,7 +321,14 @@ class _Callable(Generic[P, L]):
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[bytes]:
         from sllm import _calls
 
-        return _calls.start(_calls.call(_backend.current(), self._call(args, kwargs), self._retries))
+        retrying = _calls.Retrying(self._retries, self._retry_lost)
+        return _calls.start(_calls.call(_backend.current(), self._call(args, kwargs), retrying))
+
+    def _outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        from sllm import _calls
+
+        retrying = _calls.Retrying(self._retries, self._retry_lost)
+        return _calls.stream(_backend.current(), self._call(args, kwargs), retrying)
 
     def __repr__(self) -> str:
         method = f".{self._address.method}" if self._address.method else ""
