@@ -88,6 +88,8 @@ class AppDeleted:
 
 @dataclass(frozen=True, slots=True)
 class GatewayUp:
+    """HELLO of a gateway: all of its demand comes anew."""
+
     name: str
     life: str
 
@@ -108,11 +110,12 @@ class DemandSeen:
 
 @dataclass(frozen=True, slots=True)
 class NodeUp:
-    """HELLO of an invoker: `reports` are all of its instances."""
+    """HELLO of an invoker: `reports` are all of its instances. `cordoned` counts for a node that is new here."""
 
     info: NodeInfo
     life: str
     reports: tuple[InstanceReport, ...] = ()
+    cordoned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

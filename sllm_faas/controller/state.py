@@ -372,8 +372,6 @@ class Machine:
 
     def _gateway_up(self, event: ev.GatewayUp) -> None:
         known = self.state.gateways.get(event.name)
-        if known is not None and known.life == event.life:
-            return
         if known is not None:
             self.ledger.drop_gateway(known)
         self.state.gateways[event.name] = Gateway(event.name, event.life)
@@ -399,7 +397,7 @@ class Machine:
         state = cast(NodeState, tables.move(tables.NODE, f"node {info.name}", before, "hello"))
         changed = node is None or node.info != info
         if node is None:
-            node = self.state.nodes[info.name] = Node(info.name, state, self.ledger.now, info)
+            node = self.state.nodes[info.name] = Node(info.name, state, self.ledger.now, info, cordoned=event.cordoned)
         if node.life != event.life:
             node.templates, node.libs, node.draining = [], [], False
         if before != "up":

@@ -189,7 +189,7 @@ class Store:
     def versions(self) -> tuple[StoredVersion, ...]:
         """All that are finished, in order. What was being checked when the controller died has failed."""
         with self._read() as connection:
-            active = dict(connection.execute(sa.select(t.apps.c.name, t.apps.c.active)).tuples().all())
+            active = {row[0]: row[1] for row in connection.execute(sa.select(t.apps.c.name, t.apps.c.active))}
             rows = connection.execute(sa.select(t.versions).order_by(t.versions.c.app, t.versions.c.number)).mappings()
             return tuple(
                 StoredVersion(
@@ -220,7 +220,9 @@ class Store:
 
     def sizes(self) -> dict[str, int]:
         with self._read() as connection:
-            return dict(connection.execute(sa.select(t.checkpoints.c.digest, t.checkpoints.c.bytes)).tuples().all())
+            return {
+                row[0]: row[1] for row in connection.execute(sa.select(t.checkpoints.c.digest, t.checkpoints.c.bytes))
+            }
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
@@ -338,7 +340,7 @@ class Store:
 
     def calibration(self) -> dict[str, float]:
         with self._read() as connection:
-            return dict(connection.execute(sa.select(t.calibration.c.key, t.calibration.c.value)).tuples().all())
+            return {row[0]: row[1] for row in connection.execute(sa.select(t.calibration.c.key, t.calibration.c.value))}
 
 
 def _is(app: str, number: int) -> sa.ColumnElement[bool]:

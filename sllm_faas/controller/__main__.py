@@ -1,0 +1,56 @@
+"""`python -m sllm_faas.controller --config FILE --name NAME`: the controller's process.
+
+SIGTERM or SIGINT: an orderly stop; a second one: at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from sllm_faas import logging
+from sllm_faas.config import Config
+from sllm_faas.controller.service import Controller
+from sllm_faas.errors import SllmError
+
+
+async def _serve(config: Config, name: str) -> None:
+    controller = Controller(config, name)
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await controller.start()
+    logging.get("controller").ready(endpoints=controller.endpoints)
+    await stopping.wait()
+    await controller.stop()
+    logging.get("controller").info("stopped")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="sllm_faas.controller")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--name", default="controller")
+    options = parser.parse_args()
+    try:
+        config = Config.read(options.config)
+        logging.setup(config.log_level)
+        asyncio.run(_serve(config, options.name))
+    except SllmError as error:
+        logging.get("controller").error("cannot serve", code=error.code, error=error.message, hint=error.hint)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
