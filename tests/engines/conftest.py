@@ -55,7 +55,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "mamba": {"state_size": 4},
 }  # fmt: skip
-ONE_BY_ONE = {"bloom", "mamba"}
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ there is nothing to do.
 Cache is admitted by tokens actually held. When running sequences outgrow it, the youngest gives its cache back
 and waits to be computed again; since drawing is positional, its stream goes on as if nothing had happened.
 
-Why not transformers' continuous batching: measured on small models it costs 10.7-14.5 ms per token where this
-loop's plain forward takes 7-8, and a held sequence exists there only as a prefix-cache side effect of a first,
-thrown-away request. Holding and extending are the point of this port, and here they are two states.
+Why not transformers' continuous batching (5.23), measured on the counting model, float32, one thread: it takes
+4.0-4.5 ms per step for one stream and 5.0 for eight; this loop takes 1.5 and 2.2, where a bare forward loop
+takes 1.3. And a held sequence exists there only as a side effect of a first, thrown-away request that leaves its
+blocks in the prefix cache. Holding and extending are the point of this port; here they are two states.
 
 Invariant: what a sequence draws depends on nothing but its own tokens, seed and position (see `sampling`).
 """
