@@ -83,9 +83,8 @@ def _find_file(where: str) -> Path:
 
 def _import(root: Path, module: str, file: Path) -> ModuleType:
     """The module imported from `file`, whatever was imported under its name before."""
-    _forget(module, root)
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+    _forget(root)
+    sys.path[:] = [str(root), *(entry for entry in sys.path if entry != str(root))]
     importlib.invalidate_caches()
     try:
         loaded = importlib.import_module(module)
@@ -113,21 +112,23 @@ def _import(root: Path, module: str, file: Path) -> ModuleType:
     return loaded
 
 
-def _forget(module: str, root: Path) -> None:
-    """Drop an import of the same names from another directory, or of an earlier state of this one."""
-    top = module.partition(".")[0]
+_PLATFORM = frozenset({"sllm", "sllm_faas", "sllm_gateway", "sllm_invoker"})
+_roots: set[Path] = set()
+"""Directories that apps were loaded from before."""
+
+
+def _forget(root: Path) -> None:
+    """Drop what an earlier load left behind: all modules of this root, to see their files as they are now, and
+    other roots' modules whose names would hide this root's."""
     for name, loaded in list(sys.modules.items()):
-        file = getattr(loaded, "__file__", None)
-        if file is None or name == "__main__":
+        file, top = getattr(loaded, "__file__", None), name.partition(".")[0]
+        if not file or top in _PLATFORM or name == "__main__" or "site-packages" in Path(file).parts:
             continue
-        ours = Path(file).is_relative_to(root) and "site-packages" not in Path(file).parts
-        same = name.partition(".")[0] == top and name.partition(".")[0] not in sys.stdlib_module_names
-        if (ours and same) or (same and _is_app(loaded)):
+        if any(Path(file).is_relative_to(earlier) for earlier in _roots) and (
+            Path(file).is_relative_to(root) or (root / top).is_dir() or (root / f"{top}.py").is_file()
+        ):
             del sys.modules[name]
-
-
-def _is_app(module: ModuleType) -> bool:
-    return any(isinstance(value, App) for value in vars(module).values())
+    _roots.add(root)
 
 
 def _choose(module: ModuleType, variable: str, where: str) -> App:
