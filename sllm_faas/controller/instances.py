@@ -242,7 +242,8 @@ class Instances:
         assert after == "failed"
         version.state, version.error = "failed", error
         app = self.state.apps[version.app]
-        app.pending = 0
+        if app.pending == version.number:
+            app.pending = 0
         self.ledger.dirty.update(k for k, record in self.state.targets.items() if record.target.app == app.name)
         self.ledger.emit(StoreFailure(app.name, version.number, error))
         self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))

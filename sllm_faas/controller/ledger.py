@@ -238,7 +238,7 @@ class Ledger:
             assert not app.pending or (pending is not None and pending.state in ("checking", "warming", "ready"))
             for version in app.versions.values():
                 unfinished = version.state in ("checking", "warming")
-                assert not unfinished or version.number == app.pending, (
+                assert not unfinished or version.storing or version.number == app.pending, (
                     f"{app.name}@{version.number} is nobody's deploy"
                 )
                 assert not version.check_node or version.state == "checking"

@@ -292,12 +292,14 @@ class Machine:
         state = tables.move(tables.VERSION, name, version.state if version else "absent", "activated")
         assert version is not None
         app = self.state.apps[event.app]
-        deployed = app.pending == event.number
+        deployed = version.state == "warming"
         if not deployed:
             self._supersede(app, f"a rollback to version {event.number}")
         version.state, version.storing, version.error = cast(VersionState, state), False, None
         before = app.versions.get(app.active)
-        app.active, app.pending = event.number, 0
+        app.active = event.number
+        if app.pending == event.number:
+            app.pending = 0
         gone = {spec.name for spec in before.spec.functions} if before else set()
         gone -= {spec.name for spec in version.spec.functions}
         self.ledger.emit(PublishFunctions(app.name, self.routes(app), tuple(sorted(gone))))
@@ -315,7 +317,9 @@ class Machine:
 
     def _supersede(self, app: App, by: str) -> None:
         version = app.versions.get(app.pending)
-        if version is not None:
+        app.pending = 0
+        # One whose switch is with the store already is past recall: it will serve for a moment.
+        if version is not None and not version.storing:
             error = Conflict(f"version {version.number} of {app.name} was superseded by {by} before it was ready")
             self._fail(version, "superseded", to_info(error))
 
@@ -324,7 +328,8 @@ class Machine:
         self._move_version(version, event)
         version.error, version.check_node, version.storing = error, "", False
         app = self.state.apps[version.app]
-        app.pending = 0
+        if app.pending == version.number:
+            app.pending = 0
         self._touch_app(app.name)
         self.ledger.emit(StoreFailure(app.name, version.number, error))
         self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))
