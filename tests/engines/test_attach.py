@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import msgspec
@@ -12,7 +15,7 @@ import torch
 from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.runner.attach import attach, end_tokens, model_tensors, prepare
 
-from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
 
 IDS = torch.tensor([[5, 9, 3, 7, 1, 8, 4, 2, 6, 11, 13]])
 
@@ -67,22 +70,38 @@ def _without(checkpoint: CheckpointObject, drop: Callable[[str], bool]) -> Check
     return CheckpointObject(checkpoint.directory, manifest)
 
 
-def test_a_tensor_that_stays_on_meta_is_named(case, monkeypatch):
-    checkpoint = case("llama").checkpoint
-    incomplete = _without(checkpoint, lambda name: name == "model.norm.weight")
-    skeleton = prepare(checkpoint)
-    monkeypatch.setattr("sllm_invoker.runner.attach.open_object", lambda directory: incomplete)
-    with pytest.raises(CheckpointIncomplete, match=r"model\.norm\.weight"):
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.rotary_emb.inv_freq"])
+def test_a_tensor_that_stays_on_meta_is_named(case, missing):
+    """A parameter, and a buffer that no source file has."""
+    skeleton = prepare(case("llama").checkpoint)
+    skeleton.checkpoint = _without(skeleton.checkpoint, lambda name: name == missing)
+    with pytest.raises(CheckpointIncomplete, match=missing):
         attach(skeleton)
 
 
-def test_a_missing_buffer_is_named_too(case, monkeypatch):
-    checkpoint = case("llama").checkpoint
-    incomplete = _without(checkpoint, lambda name: name == "model.rotary_emb.inv_freq")
-    skeleton = prepare(checkpoint)
-    monkeypatch.setattr("sllm_invoker.runner.attach.open_object", lambda directory: incomplete)
-    with pytest.raises(CheckpointIncomplete, match="inv_freq"):
+def test_an_object_that_shrank_after_prepare_is_corrupt_and_not_a_crash(case, tmp_path):
+    directory = shutil.copytree(case("llama").checkpoint.directory, tmp_path / "object")
+    skeleton = prepare(directory)
+    path = skeleton.checkpoint.part_path()
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointCorrupt, match="5000 bytes"):
         attach(skeleton)
+
+
+def test_an_object_that_has_gone_since_prepare_is_unavailable(case, tmp_path):
+    directory = shutil.copytree(case("llama").checkpoint.directory, tmp_path / "object")
+    skeleton = prepare(directory)
+    shutil.rmtree(directory)
+    with pytest.raises(CheckpointUnavailable):
+        attach(skeleton)
+
+
+def test_a_copy_of_the_object_elsewhere_can_be_attached(case, tmp_path):
+    directory = shutil.copytree(case("llama").checkpoint.directory, tmp_path / "object")
+    skeleton = prepare(case("llama").checkpoint)
+    attach(skeleton, directory)
+    assert skeleton.checkpoint.directory == directory
 
 
 def test_a_skeleton_of_another_model_is_refused(case):
@@ -111,3 +130,46 @@ def test_end_tokens_that_are_not_ids_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(CheckpointCorrupt, match="neither an id nor a list"):
         end_tokens(tmp_path)
+
+
+_FORKING = """
+import asyncio, gc, os, sys
+from pathlib import Path
+from sllm_invoker.runner.attach import prepare
+from sllm_invoker.runner.engines import create
+from sllm_invoker.runner.engines.base import GenerateRequest, Sampling
+
+directory = Path(sys.argv[1])
+skeleton = prepare(directory)
+gc.freeze()
+
+async def main():
+    import torch
+    torch.set_num_threads(2)
+    engine = create(skeleton, max_sequences=2)
+    engine.attach(directory)
+    sequence = await engine.prefill(GenerateRequest((3, 14, 15), 6, Sampling(temperature=0)))
+    tokens = [output.token async for step in engine.activate(sequence) for output in step]
+    engine.close()
+    print(tokens, flush=True)
+
+for _ in range(2):
+    if (child := os.fork()) == 0:
+        asyncio.run(main())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.e2e
+def test_a_skeleton_made_before_a_fork_is_attached_by_each_child(case):
+    """As containers do it: the template prepares on one thread, its children attach and compute on several."""
+    expected = case("llama").model.generate(torch.tensor([[3, 14, 15]]), max_new_tokens=6, do_sample=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKING, str(case("llama").checkpoint.directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == [str(expected[0, 3:].tolist())] * 2

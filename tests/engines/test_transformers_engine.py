@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from sllm_invoker.checkpoints.ingest import ingest
+from sllm_invoker.runner.attach import prepare
 from sllm_invoker.runner.engines import create
 from sllm_invoker.runner.engines.base import GenerateRequest, Sampling
 
-from sllm_faas.errors import BadRequest, BadSpec, Cancelled, ContextTooLong, PlatformError
+from sllm_faas.errors import BadRequest, BadSpec, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
 
 GREEDY = Sampling(temperature=0)
 DICE = Sampling(temperature=1.3, top_p=0.95, presence_penalty=0.4, frequency_penalty=0.3, seed=77)
@@ -377,3 +380,42 @@ async def test_an_embedding_input_that_cannot_be_is_refused(engine):
 def test_an_unknown_engine_is_refused_by_name():
     with pytest.raises(BadSpec, match=r"'llama\.cpp' is not one of transformers"):
         create(None, name="llama.cpp")  # type: ignore[arg-type]
+
+
+async def test_half_precision_is_attached_and_served_as_it_is(case, store):
+    ingest(store, str(case("llama").source), "half", dtype="bfloat16")
+    checkpoint = store.get("half")
+    made = create(prepare(checkpoint), max_sequences=4)
+    made.attach(checkpoint.directory)
+    try:
+        requests = [GenerateRequest(PROMPT[: i + 1], 10, replace(DICE, seed=i)) for i in range(4)]
+        answers = await asyncio.gather(*(generate(made, request) for request in requests))
+        assert [len(answer) for answer in answers] == [10] * 4
+        assert checkpoint.manifest.batched
+    finally:
+        made.close()
+
+
+async def test_an_encoder_embeds_and_does_not_generate(store, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    model = transformers.BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    ingest(store, str(tmp_path), "encoder")
+    checkpoint = store.get("encoder")
+    made = create(prepare(checkpoint))
+    made.attach(checkpoint.directory)
+    try:
+        (vector,) = await made.embed([[3, 4, 5]])
+        mean = model(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state[0].mean(dim=0)
+        assert torch.allclose(torch.tensor(vector), mean / mean.norm(), atol=1e-6)
+        with pytest.raises(UnsupportedParameter, match="embeddings only"):
+            await made.prefill(GenerateRequest((1,), 2))
+    finally:
+        made.close()

@@ -6,6 +6,7 @@
     <root>/sources/             what was ingested before, so that the same source is recognised
     <root>/verified/<digest>    present: every byte was checked here, with the file's stat at that time
     <root>/tmp/                 ingests under way; each holds a lock on its directory
+    <root>/locks/               files to lock: one ingest per content
 
 It imports no torch: the agent uses it. It does not write objects (`ingest` does). Invariant: a directory under
 objects/ is whole — it is renamed there when complete and renamed away before it is removed.
@@ -57,7 +58,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("objects", "refs", "pins", "sources", "verified", "tmp"):
+        for name in ("objects", "refs", "pins", "sources", "verified", "locks", "tmp"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
@@ -203,7 +204,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        handle = os.open(self.root / "sources" / name, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

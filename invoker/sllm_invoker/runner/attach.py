@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
 from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
@@ -70,18 +70,18 @@ def prepare(checkpoint: CheckpointObject | Path) -> Skeleton:
 def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     """Map the weights and assign them. `directory`: where this process sees the object, if elsewhere.
 
-    Raises CheckpointCorrupt when the file is not what the manifest says (structure only; content is verified
-    by the store), CheckpointIncomplete when something would stay on meta.
+    Raises CheckpointUnavailable when the object has gone since `prepare`, CheckpointCorrupt when the file is
+    not what the manifest says (size and structure; content is verified by the store), CheckpointIncomplete
+    when something would stay on meta.
     """
     started = time.perf_counter()
     checkpoint = skeleton.checkpoint
     if directory is not None and directory != checkpoint.directory:
-        found = open_object(directory)
-        if found.digest != checkpoint.digest:
-            raise BadSpec(f"{directory} holds checkpoint {found.digest}, the skeleton is of {checkpoint.digest}.")
-        checkpoint = found
-    else:
-        checkpoint = open_object(checkpoint.directory)
+        checkpoint = open_object(directory)
+        if checkpoint.digest != skeleton.checkpoint.digest:
+            raise BadSpec(
+                f"{directory} holds checkpoint {checkpoint.digest}, the skeleton is of {skeleton.checkpoint.digest}."
+            )
     part = checkpoint.manifest.parts[0]
     mapping = _map(checkpoint.part_path(), part)
     mapped = time.perf_counter()
@@ -186,7 +186,11 @@ def model_tensors(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
 
 
 def _map(path: Path, part: Part) -> mmap.mmap:
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise CheckpointUnavailable(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         # Checked on the open file: a map beyond the end is SIGBUS at the first touch.
         size = file.seek(0, 2)
         if size != part.bytes:

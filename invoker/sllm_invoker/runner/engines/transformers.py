@@ -52,6 +52,8 @@ DEFAULT_CACHE_BYTES = 1 << 30
 DEFAULT_CACHE_TOKENS = 65536
 STEP_TOKENS = 512
 """Prompt tokens computed between two steps of the running sequences, at most."""
+HEADROOM = 64
+"""Tokens a sequence must have room to grow by when it is placed, so that it is not thrown out again at once."""
 
 _News = tuple[list[tuple[TokenSequence, TokenOutput]], list[Callable[[], None]]]
 
@@ -288,9 +290,10 @@ class TransformersEngine:
         """The next sequence to be placed, if there is a place: first come, first served."""
         waiting = next((s for s in self._sequences if s.state == "waiting"), None)
         placed = sum(s.handle is not None for s in self._sequences)
-        if waiting is None or placed >= self._max_sequences or self._room() < waiting.length + 1:
+        if waiting is None or placed >= self._max_sequences:
             return None
-        return waiting
+        ahead = min(waiting.request.max_tokens - len(waiting.drawn), HEADROOM)
+        return waiting if placed == 0 or self._room() >= waiting.length + ahead else None
 
     def _room(self) -> int:
         """Tokens of cache that no placed sequence holds or is about to."""
