@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 from sllm_invoker.checkpoints.ingest import ingest
 
@@ -125,6 +126,15 @@ def test_chunk_sums_cover_a_part_of_several_chunks(store, source, monkeypatch):
     part = store.get("tiny").manifest.parts[0]
     assert len(part.chunks) == -(-part.bytes // 4096) > 10
     store.verify("tiny")
+
+
+def test_a_source_in_shards_gives_the_same_weights(store, source, tmp_path):
+    whole = ingest(store, str(source), "whole")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    ingest(store, str(tmp_path / "shards"), "shards")
+    assert store.get("shards").manifest.parts == store.get(whole.digest).manifest.parts
 
 
 # -- processes -----------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.runner.attach import prepare
 from sllm_invoker.runner.engines import create
 from sllm_invoker.runner.engines.base import GenerateRequest, Sampling
+from sllm_invoker.runner.engines.rows import Rows
 
 from sllm_faas.errors import BadRequest, BadSpec, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
 
@@ -345,6 +348,72 @@ async def test_a_failing_forward_ends_its_sequences_and_the_engine_goes_on(engin
             async for _ in stream:
                 pass
     assert await generate(made, GenerateRequest(PROMPT, 5, GREEDY)) == expected
+
+
+async def test_logits_that_are_not_numbers_end_their_sequence_alone(engine, monkeypatch):
+    made = engine()
+    requests = [GenerateRequest(PROMPT[: i + 2], 20, replace(DICE, seed=i)) for i in range(3)]
+    alone = [await generate(made, request) for request in requests]
+    sequences = [await made.prefill(request) for request in requests]
+    step = Rows.step
+
+    def poisoned(self, tokens):
+        order, logits = step(self, tokens)
+        if (ill := sequences[1].handle) in order:
+            logits[order.index(ill)] = float("nan")
+        return order, logits
+
+    monkeypatch.setattr(Rows, "step", poisoned)
+    answers = await asyncio.gather(*(listen(made, s) for s in sequences), return_exceptions=True)
+    assert [answers[0], answers[2]] == [alone[0], alone[2]]
+    assert isinstance(answers[1], PlatformError)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "mamba"])
+@pytest.mark.parametrize("seed", range(4))
+async def test_no_schedule_changes_what_a_sequence_draws(engine, monkeypatch, name, seed):
+    """Random lives in a small cache: held or not, given tokens, extended in rounds, dropped half-way."""
+    made = engine(name, max_sequences=4, cache_tokens=90)
+    choose = random.Random(seed)
+    requests = [
+        GenerateRequest(
+            tuple(choose.randrange(96) for _ in range(choose.randint(1, 20))),
+            choose.randint(2, 30),
+            replace(DICE, seed=i, temperature=choose.choice([0.0, 1.0, 2.0])),
+        )
+        for i in range(12)
+    ]
+    alone = [await generate(made, request) for request in requests]
+    monkeypatch.setattr("sllm_invoker.runner.engines.transformers.STEP_TOKENS", 7)
+    monkeypatch.setattr("sllm_invoker.runner.engines.rows.Rows.chunk", 5)
+    places = asyncio.Semaphore(3)  # held ones give nothing back: they must not fill the cache together
+
+    async def live(request, whole, fate):
+        cut = sorted(fate.randint(0, len(whole) - 1) for _ in range(3))
+        tokens = [output.token for output in whole]
+        async with places:
+            sequence = await made.prefill(replace(request, tokens=tuple(tokens[: cut[0]])))
+            for start, end in pairwise(cut):
+                if fate.random() < 0.5:
+                    await asyncio.sleep(0)
+                await made.extend(sequence, tokens[start:end])
+            if fate.random() < 0.2:
+                made.cancel(sequence)
+                return
+        drawn = []
+        stop_at = fate.choice([None, None, cut[2] + 1])
+        async for outputs in made.activate(sequence):
+            drawn += outputs
+            if stop_at is not None and len(drawn) >= stop_at:
+                made.cancel(sequence)
+                break
+        assert drawn == whole[cut[2] :][: len(drawn)]
+        assert stop_at is not None or len(drawn) == len(whole) - cut[2]
+
+    lives = (live(r, w, random.Random(100 * seed + i)) for i, (r, w) in enumerate(zip(requests, alone, strict=True)))
+    await asyncio.gather(*lives)
+    stats = await settled(made)
+    assert (stats.running, stats.held, stats.waiting, stats.cache_tokens) == (0, 0, 0, 0)
 
 
 # -- embeddings and the factory ------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sllm_faas.errors import BadRequest, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
@@ -340,10 +341,16 @@ class TransformersEngine:
         return [s for s in self._sequences if s.state == "running" and not s.cancelled]
 
     def _draw(self, sequences: list[TokenSequence], logits: torch.Tensor) -> None:
-        samplings = [s.request.sampling for s in sequences]
-        drawn = draw(logits.float().numpy(), samplings, [s.drawn for s in sequences])
-        for sequence, choice in zip(sequences, drawn, strict=True):
+        for sequence in sequences:
             sequence.logits = None
+        rows = logits.float().numpy()
+        sound = np.isfinite(rows.max(axis=1))
+        if not sound.all():
+            for sequence in [s for s, good in zip(sequences, sound, strict=True) if not good]:
+                self._forget(sequence, PlatformError("the model's logits are not numbers."))
+            sequences, rows = [s for s, good in zip(sequences, sound, strict=True) if good], rows[sound]
+        drawn = draw(rows, [s.request.sampling for s in sequences], [s.drawn for s in sequences])
+        for sequence, choice in zip(sequences, drawn, strict=True):
             position = len(sequence.drawn)
             sequence.drawn.append(choice.token)
             finish = self._finish(sequence, choice.token)
