@@ -15,8 +15,9 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
+from sllm._http import error_of as answered
 
-from sllm_faas.errors import ErrorInfo, PlatformError, SllmError, Unavailable, from_info
+from sllm_faas.errors import NotFound, PlatformError, Unavailable
 
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)
 PATIENT = httpx.Timeout(None, connect=5.0)
@@ -54,6 +55,18 @@ class Api:
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
         return self._call("POST", path, json={} if body is None else body, **options)
+
+    def put(self, path: str, content: bytes, **options: Any) -> Any:
+        return self._call("PUT", path, content=content, **options)
+
+    def head(self, path: str) -> None:
+        """Raises NotFound when it is not there."""
+        try:
+            self._call("HEAD", path)
+        except PlatformError as error:  # an error answer to HEAD has no body to tell its code
+            if "404" in error.message:
+                raise NotFound(f"there is no {path}") from None
+            raise
 
     def delete(self, path: str) -> Any:
         return self._call("DELETE", path)
@@ -132,23 +145,10 @@ def _events(lines: Iterator[str]) -> Iterator[Event]:
             identity = value
 
 
-def _error(answer: httpx.Response) -> SllmError:
-    try:
-        error = answer.json()["error"]
-        return error_of(error, answer.status_code)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return PlatformError(f"the server answered {answer.status_code} {answer.reason_phrase}")
+def _error(answer: httpx.Response) -> Exception:
+    return answered(answer.status_code, answer.headers, answer.content)
 
 
-def error_of(error: Mapping[str, Any], status: int = 500) -> SllmError:
-    """The exception that an error object of the HTTP interface stands for."""
-    return from_info(
-        ErrorInfo(
-            code=str(error.get("code") or "internal"),
-            message=str(error.get("message") or "no message"),
-            hint=str(error.get("hint") or ""),
-            param=str(error.get("param") or ""),
-            status=status,
-            traceback=str(error.get("traceback") or ""),
-        )
-    )
+def error_of(data: Mapping[str, Any]) -> Exception:
+    """The exception that the data of an error event stands for."""
+    return answered(500, httpx.Headers(), json.dumps(data).encode())

@@ -30,7 +30,7 @@ def follow(api: Api, url: str, body: Any, quiet: bool) -> dict[str, Any]:
                     result: dict[str, Any] = event.data
                     return result
                 elif event.kind == "error":
-                    raise error_of(event.data.get("error", event.data))
+                    raise error_of(event.data)
     finally:
         progress.clear()
     raise PlatformError("the answer ended without a result", hint="See `sllm logs` and try again.")
@@ -121,4 +121,4 @@ def verify(session: Session, ref: str) -> None:
     if session.json:
         output.emit_json(found)
         return
-    click.echo(f"{ref} is what it says.")
+    click.echo(f"{ref} is what it says (on {', '.join(found['nodes'])}).")

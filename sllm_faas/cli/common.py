@@ -1,21 +1,14 @@
 """What every command that talks to a server shares: which server, with which token, and the options for it.
 
-The server is the first of: --server, --profile, SLLM_SERVER, SLLM_PROFILE, the platform of this state directory.
-The token is the first of: SLLM_TOKEN, the profile's, the state directory's admin token (local platform only: it
-is never sent to another server). Profiles are tables of ~/.config/sllm/profiles.toml:
-
-    [lab]
-    server = "https://gpu-box:8700"
-    token = "sllm_…"          # the file must then be readable by you alone
+The rule is `sllm._profile`'s, with --server before SLLM_SERVER, --profile before SLLM_PROFILE and --state-dir before
+SLLM_STATE_DIR.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sllm_faas.config import Config, check_keys, read_toml
+from sllm_faas.config import Config
 from sllm_faas.errors import BadSpec, NotFound, SllmError
 
 if TYPE_CHECKING:
@@ -55,17 +48,21 @@ class Session:
 
     def address(self) -> tuple[str, str]:
         """(URL, token) of the server."""
-        token = os.environ.get("SLLM_TOKEN", "")
-        server = self.server or ("" if self.profile else os.environ.get("SLLM_SERVER", ""))
-        profile = self.profile or os.environ.get("SLLM_PROFILE", "")
-        if not server and profile:
-            server, kept = read_profile(profile)
-            return server, token or kept
-        config = self.config()
-        local = local_url(config)
-        if not server or server.rstrip("/") == local:
-            return local, token or _admin_token(config)
-        return server, token
+        from sllm._profile import load_profile
+
+        env = dict(os.environ)
+        if self.server:
+            env["SLLM_SERVER"] = self.server
+        elif self.profile:
+            env["SLLM_PROFILE"] = self.profile
+            env.pop("SLLM_SERVER", None)
+        if self.state_dir:
+            env["SLLM_STATE_DIR"] = str(self.state_dir)
+        try:
+            found = load_profile(env)
+        except BadSpec as error:
+            raise Misconfigured(error) from None
+        return found.server, found.token
 
     def api(self) -> Api:
         from sllm_faas.cli.api import Api
@@ -78,47 +75,6 @@ def load_config(flags: dict[str, Any], toml_path: Path | None = None) -> Config:
         return Config.load(flags, toml_path=toml_path)[0]
     except BadSpec as error:
         raise Misconfigured(error) from None
-
-
-def local_url(config: Config) -> str:
-    """Where the platform of this state directory listens: as it runs, or as it would."""
-    try:
-        url = json.loads(config.supervisor_path.read_bytes())["url"]
-        return str(url)
-    except (OSError, ValueError, KeyError, TypeError):
-        return config.url
-
-
-def _admin_token(config: Config) -> str:
-    try:
-        return config.admin_token_path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def profiles_path() -> Path:
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".config") / "sllm" / "profiles.toml"
-
-
-def read_profile(name: str) -> tuple[str, str]:
-    """(server, token) of a profile. Raises Misconfigured."""
-    path = profiles_path()
-    try:
-        table = read_toml(path)
-        profile = table.get(name)
-        if not isinstance(profile, dict):
-            hint = _near(name, table) or f'Add a table [{name}] with server = "http://…" to {path}.'
-            raise BadSpec(f"there is no profile {name!r} in {path}", hint=hint)
-        check_keys(profile, ["server", "token"], f"{path} [{name}]")
-        server, token = profile.get("server"), profile.get("token", "")
-        if not isinstance(server, str) or not server.startswith(("http://", "https://")) or not isinstance(token, str):
-            raise BadSpec(f'profile {name!r} of {path} needs server = "http(s)://…" and, optionally, token = "…"')
-        if token and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise BadSpec(f"{path} holds a token and others may read it", hint=f"Do: chmod 600 {path}")
-    except BadSpec as error:
-        raise Misconfigured(error) from None
-    return server, token
 
 
 def state_option(command: F) -> F:

@@ -131,7 +131,7 @@ def _show_function(function: dict[str, Any]) -> None:
             click.echo(f"\nWaits: {target['blocked']}")
         for item in target["instances"]:
             click.echo(f"\n{item['instance']} on {item['node']}: {item['state']} — {item['why']}")
-            _timeline(item["timeline"])
+            _timeline(item["timeline"]["spans"])
     _starts(function["starts"])
 
 
@@ -166,15 +166,27 @@ def _show_node(node: dict[str, Any]) -> None:
 
 
 def _show_invocation(record: dict[str, Any]) -> None:
-    record = record.get("invocation") or record
-    timeline = record.get("timeline")
-    output.pairs((name, value) for name, value in record.items() if name not in ("timeline", "error", "start"))
-    error = record.get("error")
+    error = record["error"]
+    output.pairs(
+        [
+            ("invocation", record["invocation"]),
+            ("target", record["target"] + (f" {record['method']}" if record["method"] else "")),
+            ("state", record["state"]),
+            ("began", output.when(record["began"])),
+            ("took", None if record["seconds"] is None else output.duration(record["seconds"])),
+            ("instance", f"{record['instance']} on {record['node']}" if record["instance"] else None),
+            ("placed", record["why"]),
+            ("start", "cold" if record["cold"] else "warm"),
+            ("attempts", record["attempts"]),
+            ("outputs", record["outputs"]),
+            ("usage", record["usage"]),
+            ("gateway", record["gateway"]),
+        ]
+    )
     if error:
-        click.echo(f"\n{output.style('Failed:', fg='red')} {error.get('message')}")
-    if timeline:
-        click.echo()
-        _timeline(timeline)
+        click.echo(f"\n{output.style('Failed:', fg='red')} {error['message']} {error['hint']}".rstrip())
+    click.echo()
+    _timeline(record["timeline"])
 
 
 def _starts(starts: list[dict[str, Any]]) -> None:
@@ -200,9 +212,8 @@ def _starts(starts: list[dict[str, Any]]) -> None:
     )
 
 
-def _timeline(timeline: dict[str, Any]) -> None:
+def _timeline(spans: list[dict[str, Any]]) -> None:
     """Phases as bars over the whole, one per line."""
-    spans = timeline.get("spans", [])
     whole = max((span["start"] + span["seconds"] for span in spans), default=0.0)
     if whole <= 0:
         return
@@ -211,9 +222,7 @@ def _timeline(timeline: dict[str, Any]) -> None:
         before = min(_BAR - 1, int(_BAR * max(0.0, span["start"]) / whole))
         filled = max(1, min(_BAR - before, round(_BAR * span["seconds"] / whole)))
         bar = ("·" * before + "█" * filled).ljust(_BAR, "·")
-        click.echo(
-            f"  {span['name'].ljust(width)} {bar} {output.duration(span['seconds']):>8}  {span.get('detail', '')}"
-        )
+        click.echo(f"  {span['name'].ljust(width)} {bar} {output.duration(span['seconds']):>8}  {span['detail']}")
 
 
 _SHOW: dict[str, Callable[[Any], None]] = {

@@ -60,7 +60,7 @@ def _stream(api: Api, app: str, function: str, body: Any, parameters: str, as_js
                 _print(event.data, as_json)
                 sys.stdout.flush()
             elif event.kind == "error":
-                raise error_of(event.data.get("error", event.data))
+                raise error_of(event.data)
             elif event.kind == "done":
                 return
     raise PlatformError("the stream ended without its end", hint="The server was stopped; call it again.")

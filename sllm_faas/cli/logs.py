@@ -45,7 +45,7 @@ def logs(
         with api.events("GET", path("logs"), follow=1, **filters) as events:
             for event in events:
                 if event.kind == "error":
-                    raise error_of(event.data.get("error", event.data))
+                    raise error_of(event.data)
                 _show([event.data], session.json)
 
 

@@ -59,7 +59,7 @@ def up(file: Path | None, daemon: bool, **flags: Any) -> None:
 
 def _serve(config: Config, daemon: bool) -> None:
     if daemon:
-        _spawn(config)
+        spawn(config)
         _banner(config, "Stop it with `sllm down`.")
         return
     human = sys.stdout.isatty()
@@ -81,7 +81,7 @@ def _banner(config: Config, last: str) -> None:
     click.echo(f"Deploy with `sllm deploy FILE`. {last}", err=True)
 
 
-def _spawn(config: Config) -> None:
+def spawn(config: Config) -> None:
     """Start the supervisor, which leaves our session by itself, and wait until everything is ready.
 
     Ctrl-C meanwhile leaves it starting: `sllm down` stops it."""
@@ -121,15 +121,20 @@ def down(state_dir: Path | None, timeout: float | None) -> None:
         ended = f" Ended {left} processes that an earlier one left." if left else ""
         click.echo(f"No platform runs on {config.state_dir}.{ended}")
         return
-    limit = _running_grace(config) + STOP_MARGIN + 20.0 if timeout is None else timeout
-    orderly = _stop(holder.pid, limit)
-    left = processes.end(config, 1.0)
+    orderly = stop(config, _running_grace(config) + STOP_MARGIN + 20.0 if timeout is None else timeout)
     spent = output.duration(time.monotonic() - began)
-    if orderly:
-        click.echo(f"Stopped in {spent}; nothing is left.")
-    else:
-        config.supervisor_path.unlink(missing_ok=True)
-        click.echo(f"Not stopped within {limit:g} s: killed it and {left} processes; nothing is left ({spent}).")
+    click.echo(f"{'Stopped' if orderly else 'Killed: it did not stop in time'} ({spent}); nothing is left.")
+
+
+def stop(config: Config, limit: float) -> bool:
+    """Stop the platform of a state directory and verify that nothing of it is left; kill it after `limit` seconds.
+
+    False when it had to be killed."""
+    holder = processes.holder(config)
+    orderly = holder is None or _stop(holder.pid, limit)
+    processes.end(config, 1.0)
+    config.supervisor_path.unlink(missing_ok=True)
+    return orderly
 
 
 def _running_grace(config: Config) -> float:

@@ -220,7 +220,7 @@ def test_a_part_that_ignores_its_stop_is_killed_when_its_time_is_up(
     assert sllm("up", "--daemon") == 0
     record = json.loads(config.supervisor_path.read_text())
     assert sllm("down", "--timeout", "0.2") == 0
-    assert "killed it" in capsys.readouterr().out
+    assert "Killed" in capsys.readouterr().out
     assert gone([record["pid"], *record["children"].values()])
 
 
