@@ -7,10 +7,12 @@ prints
     apples: 1 2 3
     pears: 1
     batched: [10, 20, 30]
+    counted 3 apples
+    counted 1 pears
 
-`enter` runs once before the first call of an instance, `exit` once when it stops. Counters with different `fruit`
-never share an instance, so pears start at 1. (How long one instance lives, and so how far it counts, is up to the
-platform: state that must last belongs into a database.)
+`enter` runs once before the first call of an instance, `exit` once when it stops, as the last two lines show.
+Counters with different `fruit` never share an instance, so pears start at 1. (How long one instance lives, and so
+how far it counts, is up to the platform: state that must last belongs into a database.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A plain function: called here, called elsewhere, and called for many inputs at once.
 
-    sllm run examples/hello.py              # no server: everything in this process tree
+    sllm run examples/hello.py              # no server: the platform runs inside this process
     sllm run examples/hello.py --name you
+    sllm run examples/hello.py::square --x 3
 
-prints
+The first prints
 
     hello, world
     squares: [0, 1, 4, 9, 16]

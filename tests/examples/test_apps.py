@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,20 @@ def test_counters_of_different_fruit_count_apart(load) -> None:
     module = load("counter_class.py")
     apples, pears = module.Counter(fruit="apples"), module.Counter(fruit="pears")
     assert [apples.add.local(), apples.add.local(), pears.add.local()] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("path", ["hello.py", "stream.py", "counter_class.py"])
+def test_sllm_run_prints_what_the_example_promises(load, path: str) -> None:
+    command = [sys.executable, "-m", "sllm_faas.cli", "run", str(EXAMPLES / path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    promised = ["5", "4", "3", "2", "1", "lift-off"] if path == "stream.py" else printed_by(load(path).__doc__)
+    assert [line for line in promised if line not in run.stdout.splitlines()] == []
+
+
+def printed_by(text: str) -> list[str]:
+    """The lines of the block that follows "prints" in an example's text."""
+    block = text.partition("prints\n\n")[2].partition("\n\n")[0]
+    lines = [line.strip() for line in block.splitlines()]
+    assert lines
+    return lines
