@@ -41,7 +41,7 @@ from typing import Any, cast
 import msgspec
 
 from sllm_faas.controller import events as ev
-from sllm_faas.controller import tables
+from sllm_faas.controller import estimate, tables
 from sllm_faas.controller.commands import (
     Advance,
     Command,
@@ -164,6 +164,7 @@ class Machine:
                 if node is not None and node.state == "lost" and node.since + FORGET_NODE <= self.ledger.now:
                     self._move_node(node, "expire")
                     self._remove_node(node)
+                    estimate.forget(self.state.book, name)
             elif kind == "check":
                 app, _, number = name.rpartition("|")
                 version = self.ledger.version(app, int(number))

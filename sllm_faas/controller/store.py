@@ -57,6 +57,7 @@ class Store:
         url = sa.URL.create("sqlite", database=str(path))
         self._engine = sa.create_engine(url, connect_args={"timeout": LOCK_WAIT, "check_same_thread": False})
         sa.event.listen(self._engine, "connect", _prepare_connection)
+        sa.event.listen(self._engine, "begin", _begin)
         try:
             with self._errors():
                 self._migrate()
@@ -360,7 +361,13 @@ def _error_of(row: sa.RowMapping) -> ErrorInfo | None:
 
 
 def _prepare_connection(connection: Any, _record: Any) -> None:
+    # Python's driver would begin a transaction only before the first INSERT, leaving migrations outside of it.
+    connection.isolation_level = None
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN")

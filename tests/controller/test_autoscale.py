@@ -1,0 +1,50 @@
+"""How many instances there should be, by numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sllm_faas.controller import autoscale
+from sllm_faas.spec import Scaling
+
+
+@pytest.mark.parametrize(
+    ("scaling", "concurrency", "waiting", "running", "expected"),
+    [
+        (Scaling(), 1, 0, 0, 0),
+        (Scaling(), 1, 1, 0, 1),
+        (Scaling(), 4, 3, 2, 2),
+        (Scaling(), 4, 4, 4, 2),
+        (Scaling(max_containers=3), 1, 50, 0, 3),
+        (Scaling(min_containers=2), 1, 0, 0, 2),
+        (Scaling(buffer_containers=1), 1, 0, 0, 0),
+        (Scaling(buffer_containers=1), 1, 0, 1, 2),
+        (Scaling(buffer_containers=5, max_containers=4), 1, 1, 0, 4),
+    ],
+)
+def test_desired_is_the_clamped_need_and_a_buffer_while_there_is_load(scaling, concurrency, waiting, running, expected):
+    assert autoscale.desired(scaling, concurrency, waiting, running) == expected
+
+
+def test_backoff_doubles_from_one_second_to_sixty():
+    assert [autoscale.backoff(n) for n in range(9)] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert autoscale.backoff(10**6) == 60.0
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.001, 5), st.integers(0, 9)), max_size=30),
+    st.sampled_from([0.0, 1.0, 3.0, 10.0]),
+)
+def test_held_is_the_highest_within_the_window(changes, window):
+    """The compacted peaks give what a scan of the whole past gives."""
+    now, current = 0.0, 0
+    peaks: list[autoscale.Peak] = []
+    past: list[tuple[float, int]] = []
+    for gap, value in changes:
+        now += gap
+        past.append((now, current))
+        peaks = autoscale.note_peak(peaks, now, current, 10.0)
+        current = value
+        expected = max([current, *(number for until, number in past if until + window > now)])
+        assert autoscale.held(peaks, now, current, window) == expected

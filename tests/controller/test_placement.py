@@ -1,0 +1,95 @@
+"""The choice of a node: least estimate, admission, eviction, an explanation; always the same for the same input."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+from sllm_faas.controller import placement
+from sllm_faas.controller.estimate import Estimate
+from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Placed, place
+
+
+def node(name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=()):
+    guess = Estimate(0.0, seconds, 0.0, 0.0, "base", "disk")
+    return Candidate(name, need, free, total, freeing, guess, lambda: list(idle))
+
+
+def test_the_fastest_node_that_has_room_wins_and_says_why():
+    choice = place([node("slow", 2.0), node("fast", 1.0), node("full", 0.1, free=50)])
+    assert isinstance(choice, Placed)
+    assert choice.node == "fast"
+    assert choice.why.startswith("fast: 1.00 s = queue 0.00 + base container 1.00")
+    assert "over slow 2.00 s" in choice.why
+    assert "1 without room" in choice.why
+
+
+def test_equal_estimates_go_to_the_emptier_node_then_by_name():
+    assert place([node("a", free=200), node("b", free=900)]).node == "b"
+    assert place([node("b"), node("a")]).node == "a"
+
+
+def test_a_node_of_unknown_memory_admits_everything():
+    assert isinstance(place([node(need=10**6, free=None, total=0)]), Placed)
+
+
+def test_no_node_is_a_reason_to_wait():
+    assert place([]) == Full("no node is up and open for instances")
+
+
+def test_what_fits_no_node_is_never_placed():
+    choice = place([node("a", need=2000), node("big", need=2000, total=1500, free=10)])
+    assert isinstance(choice, Full)
+    assert choice.never
+    assert "needs 2000 MiB; the biggest node, big, has 1500 MiB" in choice.why
+
+
+def test_as_few_idle_as_possible_go_the_longest_idle_first():
+    idle = (Idle("young", 100, 5.0), Idle("old", 100, 1.0), Idle("older", 30, 0.5))
+    choice = place([node("a", need=200, free=80, idle=idle)])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("older", "old")
+
+
+def test_memory_that_is_being_freed_is_waited_for():
+    """Evicting more while a drain is under way would stop instances for nothing."""
+    choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),))])
+    assert choice == Full("waits for memory that is being freed on a")
+
+
+def test_a_fast_node_that_must_evict_much_loses_to_a_slower_one_that_need_not():
+    many = tuple(Idle(f"i{k}", 10, float(k)) for k in range(20))
+    choice = place([node("fast", 1.0, free=0, idle=many), node("slow", 3.0, free=0, idle=(Idle("j", 100, 0.0),))])
+    assert isinstance(choice, Evict)
+    assert choice.node == "slow"
+
+
+nodes = st.lists(
+    st.builds(
+        lambda name, seconds, need, free: node(f"n{name}", seconds, need=need, free=free),
+        st.integers(0, 10**6),
+        st.floats(0, 10),
+        st.integers(1, 500),
+        st.integers(0, 1000),
+    ),
+    max_size=12,
+    unique_by=lambda candidate: candidate.name,
+)
+
+
+@given(nodes, st.randoms(use_true_random=False))
+def test_the_choice_does_not_depend_on_the_order_of_the_nodes(candidates, rng: random.Random):
+    before = place(candidates)
+    shuffled = list(candidates)
+    rng.shuffle(shuffled)
+    assert place(shuffled) == before
+
+
+@given(nodes)
+def test_a_placed_instance_always_fits(candidates):
+    choice = place(candidates)
+    if isinstance(choice, placement.Placed):
+        winner = next(candidate for candidate in candidates if candidate.name == choice.node)
+        assert winner.fits()
+        assert winner.estimate.total <= min(c.estimate.total for c in candidates if c.fits()) + 1e-5
