@@ -80,6 +80,15 @@ class LlmEmbeddings:
     usage: LlmUsage = field(default_factory=LlmUsage)
 
 
+@dataclass(frozen=True, slots=True)
+class LlmResume:
+    """Resume state of `chat` and `complete` (`Invoke.resume`), by choice: the tokens delivered under earlier
+    fences, and how the choice ended if it had. Their text is not sent again."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    finish: tuple[FinishReason | None, ...]
+
+
 def choice_seed(seed: int, choice: int) -> int:
     """The seed of a choice: `seed` itself for the first, splitmix64 of both for the others (Steele, Lea,
     Flood: Fast splittable pseudorandom number generators, OOPSLA 2014). 63 bits."""

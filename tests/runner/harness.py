@@ -1,20 +1,19 @@
 """The invoker's end of an instance's link, for tests: a real ROUTER on ipc and a runner in a real process.
 
-    with runner(tmp_path, source, "app:echo") as r:
+    with start("echo", directory) as r:
         r.ready()
-        call = r.invoke({"args": [1], "kwargs": {}})
-        assert r.end(call).type is Type.DONE
+        call = r.invoke(1)
+        assert r.result(call) == [1, 2]
 
 Waiting is always for a frame, with a time limit that only a failing test reaches.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import subprocess
 import sys
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,26 +23,31 @@ from typing import Any
 
 import msgspec
 import zmq
-from sllm._app import App
+from sllm_invoker.runner.config import InstanceConfig, dumps
+
+from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.codec import Frame, decode, encode
 from sllm_faas.wire.header import NO_LIMIT, Header, Type
 from sllm_faas.wire.messages import INLINE_LIMIT, Invoke, LogRecord, Shutdown
 from sllm_faas.wire.payload import decode_result, encode_call
-from sllm_invoker.runner.config import InstanceConfig, dumps
 
-LIMIT = 20.0
+APPS = Path(__file__).parent / "apps"
+LIMIT = 30.0
 TERMINAL = (Type.DONE, Type.FAILED, Type.CANCELLED)
-SPECS = """
-import json, sys
+FIRST = (Type.READY, Type.START_FAILED)
+_PRINT_SPECS = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import app, msgspec
-print(msgspec.json.encode(list(app.app.functions)).decode())
+sys.stdout.buffer.write(msgspec.json.encode(list(app.app.functions)))
 """
 
 
 @dataclass
 class Runner:
+    """One instance. Frames are kept by invocation as they come."""
+
     socket: zmq.SyncSocket
     process: subprocess.Popen[bytes]
     identity: bytes = b"i-1"
@@ -55,19 +59,25 @@ class Runner:
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, header: Header, body: Any = None, *buffers: bytes) -> None:
-        self.socket.send_multipart([self.identity, *encode(header, body, *buffers)])
+        self.send_raw(encode(header, body, *buffers))
 
-    def invoke(
-        self, *args: Any, method: str = "", credit: int = NO_LIMIT, json_body: Any = None, **kwargs: Any
-    ) -> bytes:
-        payload = json.dumps(json_body).encode() if json_body is not None else encode_call(args, kwargs)
-        return self.invoke_raw(payload, method=method, credit=credit, encoding="json" if json_body is not None else "")
+    def send_raw(self, parts: list[bytes]) -> None:
+        self.socket.send_multipart([self.identity, *parts])
 
-    def invoke_raw(self, payload: bytes, *, method: str = "", credit: int = NO_LIMIT, encoding: str = "") -> bytes:
+    def new_id(self) -> bytes:
         self.calls += 1
-        call = self.calls.to_bytes(16, "big")
+        return self.calls.to_bytes(16, "big")
+
+    def invoke(self, *args: Any, method: str = "", credit: int = NO_LIMIT, **kwargs: Any) -> bytes:
+        return self.invoke_raw(encode_call(args, kwargs), method=method, credit=credit)
+
+    def invoke_json(self, body: Any, *, method: str = "") -> bytes:
+        return self.invoke_raw(json.dumps(body).encode(), method=method, encoding="json")
+
+    def invoke_raw(self, payload: bytes, *, method: str = "", credit: int = NO_LIMIT, **fields: Any) -> bytes:
+        call = self.new_id()
         inline = len(payload) <= INLINE_LIMIT
-        body = Invoke(method, "json" if encoding == "json" else "msgpack", payload=payload if inline else b"")
+        body = Invoke(method, payload=payload if inline else b"", **fields)
         self.send(Header(Type.INVOKE, call, fence=1, credit=credit), body, *(() if inline else (payload,)))
         return call
 
@@ -83,13 +93,14 @@ class Runner:
     # -- receiving ---------------------------------------------------------------------------------------------
 
     def wait(self, condition: Callable[[], Any]) -> Any:
+        """Take frames in until `condition` holds; its value."""
         while not (value := condition()):
             if not self.socket.poll(int(LIMIT * 1000)):
                 raise AssertionError(f"nothing came for {LIMIT} s; frames: {dict(self.frames)} {self.control}")
-            self.take(self.socket.recv_multipart()[1:])
+            self._take(self.socket.recv_multipart()[1:])
         return value
 
-    def take(self, parts: list[bytes]) -> None:
+    def _take(self, parts: list[bytes]) -> None:
         frame = decode(parts)
         if frame.header.type is Type.LOG:
             self.logs.extend(frame.body.records)
@@ -98,18 +109,27 @@ class Runner:
         else:
             self.frames[frame.header.id].append(frame)
 
-    def expect(self, kind: Type) -> Frame:
-        return self.wait(lambda: next((frame for frame in self.control if frame.header.type is kind), None))
+    def expect(self, *kinds: Type) -> Frame:
+        """The first control frame of these kinds."""
+        found: Frame = self.wait(lambda: next((frame for frame in self.control if frame.header.type in kinds), None))
+        return found
 
     def ready(self) -> Frame:
-        first = (Type.READY, Type.START_FAILED)
-        frame = self.wait(lambda: next((frame for frame in self.control if frame.header.type in first), None))
+        frame = self.expect(*FIRST)
         assert frame.header.type is Type.READY, frame.body
         return frame
 
+    def start_error(self) -> ErrorInfo:
+        frame = self.expect(*FIRST)
+        assert frame.header.type is Type.START_FAILED, frame.body
+        error: ErrorInfo = frame.body.error
+        return error
+
     def end(self, call: bytes) -> Frame:
-        """The terminal frame of a call."""
-        return self.wait(lambda: next((f for f in self.frames[call] if f.header.type in TERMINAL), None))
+        """The terminal frame of a call: the only one, and the last."""
+        frame: Frame = self.wait(lambda: next((f for f in self.frames[call] if f.header.type in TERMINAL), None))
+        assert frame is self.frames[call][-1]
+        return frame
 
     def outputs(self, call: bytes) -> list[Any]:
         """Outputs so far, checked to be gap-free."""
@@ -123,95 +143,74 @@ class Runner:
         return values
 
     def wait_outputs(self, call: bytes, count: int) -> list[Any]:
-        return self.wait(lambda: values if len(values := self.outputs(call)) >= count else None)
+        found: list[Any] = self.wait(lambda: values if len(values := self.outputs(call)) >= count else None)
+        return found
 
-    def result(self, call: bytes, encoding: str = "msgpack") -> Any:
+    def result(self, call: bytes, encoding: Any = "msgpack") -> Any:
         frame = self.end(call)
         assert frame.header.type is Type.DONE, frame.body
-        payload = frame.body.payload or frame.buffers[0]
-        return decode_result("json" if encoding == "json" else "msgpack", payload)
+        return decode_result(encoding, frame.body.payload or frame.buffers[0])
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.result(self.invoke(*args, **kwargs))
 
-    def error(self, call: bytes) -> Any:
+    def error(self, call: bytes) -> ErrorInfo:
         frame = self.end(call)
         assert frame.header.type is Type.FAILED, frame
-        return frame.body.error
+        error: ErrorInfo = frame.body.error
+        return error
 
-    def wait_log(self, text: str) -> LogRecord:
-        return self.wait(lambda: next((record for record in self.logs if text in record.text), None))
+    def wait_log(self, text: str, call: bytes | None = None) -> LogRecord:
+        def found() -> LogRecord | None:
+            records = (r for r in self.logs if text in r.text and (call is None or r.invocation == call.hex()))
+            return next(records, None)
 
-    def exit_status(self) -> int:
-        return self.process.wait(LIMIT)
-
-
-def registered(directory: Path) -> list[FunctionSpec]:
-    """The specs of `app.py` in `directory`, read in a process of its own as a deployment does."""
-    done = subprocess.run([sys.executable, "-c", SPECS, str(directory)], capture_output=True, check=True, timeout=60)
-    return msgspec.json.decode(done.stdout, type=list[FunctionSpec])
+        record: LogRecord = self.wait(found)
+        return record
 
 
-def write_app(directory: Path, source: str) -> None:
-    head = "import asyncio, sys, time\nimport sllm\napp = sllm.App('test')\n"
-    (directory / "app.py").write_text(head + textwrap.dedent(source))
-
-
-def one_function(name: str, **fields: Any) -> FunctionSpec:
-    """A spec written by hand, for apps that do not import."""
-    from sllm_faas.spec import MethodSpec
-
-    return FunctionSpec(name, "function", "app", name, methods=(MethodSpec(name),), **fields)
+@functools.cache
+def specs(directory: Path = APPS) -> dict[str, FunctionSpec]:
+    """The functions of `app.py` in `directory`, read in a process of its own as a deployment does."""
+    command = [sys.executable, "-c", _PRINT_SPECS, str(directory)]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    return {spec.name: spec for spec in msgspec.json.decode(done.stdout, type=list[FunctionSpec])}
 
 
 @contextmanager
-def started(config: InstanceConfig, directory: Path, lifeline: int = -1) -> Iterator[Runner]:
+def started(config: InstanceConfig, directory: Path) -> Iterator[Runner]:
+    """A runner process with `config`; it writes its files to `directory`."""
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.router_mandatory = True
     socket.bind(config.endpoint)
-    path = directory / "instance.json"
+    path = directory / f"{config.instance}.json"
     path.write_bytes(dumps(config))
     process = subprocess.Popen(
         [sys.executable, "-m", "sllm_invoker.runner.main", str(path)],
-        env=dict(os.environ),
-        pass_fds=() if lifeline < 0 else (lifeline,),
+        pass_fds=() if config.lifeline < 0 else (config.lifeline,),
     )
     try:
         yield Runner(socket, process)
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.wait()
         socket.close(linger=0)
         context.term()
 
 
 @contextmanager
-def runner(
-    directory: Path,
-    source: str,
-    name: str,
-    *,
-    parameters: str = "",
-    spec: FunctionSpec | None = None,
-    lifeline: int = -1,
-    **config: Any,
+def start(
+    name: str, directory: Path, *, source: Path = APPS, spec: FunctionSpec | None = None, **fields: Any
 ) -> Iterator[Runner]:
-    """An instance of the function `name` of an app with this source (after `import sllm` and `app = …`)."""
-    write_app(directory, source)
-    if spec is None:
-        spec = next(spec for spec in registered(directory) if spec.name == name)
-    value = InstanceConfig(
+    """An instance of the function `name` of the app in `source`. `fields` are the config's."""
+    config = InstanceConfig(
         instance="i-1",
         endpoint=f"ipc://{directory}/c.sock",
-        target=Target("test", name, 1, parameters),
-        specs=(spec,),
-        source_dir=str(directory),
-        lifeline=lifeline,
+        target=Target("test", name, 1),
+        specs=(spec or specs(source)[name],),
+        source_dir=str(source),
+        node="n-1",
     )
-    with started(replace(value, **config), directory, lifeline) as started_runner:
-        yield started_runner
-
-
-__all__ = ["App", "Runner", "one_function", "registered", "runner", "started", "write_app"]
+    with started(replace(config, **fields), directory) as runner:
+        yield runner

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 from sllm_faas.errors import ErrorInfo
@@ -99,7 +100,7 @@ class Call:
         self._taken = invoke.outputs
         self._terminal: Parts | None = None
         self._ended = False
-        self._waiter: Callable[[], None] | None = None
+        self._waiter: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "cancelled" if self.cancelled else "running"
@@ -125,7 +126,7 @@ class Call:
         loop = asyncio.get_running_loop()
         while not self.room():
             event = asyncio.Event()
-            self._waiter = lambda event=event: loop.call_soon_threadsafe(event.set)  # type: ignore[misc]
+            self._waiter = partial(loop.call_soon_threadsafe, event.set)
             if not self.room():
                 await event.wait()
 
@@ -191,7 +192,8 @@ class Call:
             yield terminal
 
     def _batch(self) -> Parts:
-        pending, items, size = self._pending, [], 0
+        pending, size = self._pending, 0
+        items: list[bytes] = []
         buffers: list[bytes] = []
         while pending and len(items) < MAX_BATCH_ITEMS:
             payload = pending[0]

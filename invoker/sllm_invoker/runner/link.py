@@ -12,11 +12,12 @@ they are counted); what waits is bounded, because outputs are bounded by their c
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -34,6 +35,9 @@ _BLOCKED_RETRY = 0.005
 ORPHANED = 81
 """Exit status of a process whose lifeline ended."""
 
+BROKEN = 82
+"""Exit status of a process whose link failed."""
+
 
 class Outbox:
     """What waits to be sent. Many producers, one consumer.
@@ -41,7 +45,7 @@ class Outbox:
     `wake` is called by a producer when the consumer said that it sleeps.
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], object]) -> None:
         self._queue: deque[Call | Parts] = deque()
         self._logs: deque[LogRecord] = deque()
         self._dropped = 0
@@ -108,7 +112,7 @@ class MemoryLink(Outbox):
     """
 
     def __init__(self, deliver: Callable[[Parts], None], schedule: Callable[[Callable[[], None]], object]) -> None:
-        super().__init__(lambda: schedule(self._drain) and None)
+        super().__init__(lambda: schedule(self._drain))
         self._deliver = deliver
         self.sleep()
 
@@ -147,54 +151,55 @@ class ZmqLink(Outbox):
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        context = zmq.Context(io_threads=1)
-        socket: zmq.SyncSocket = context.socket(zmq.DEALER)
-        socket.identity = self._identity
-        socket.linger = 2000
-        socket.sndhwm = socket.rcvhwm = HIGH_WATER
-        socket.maxmsgsize = MAX_FRAME
-        socket.reconnect_ivl = 50
-        socket.reconnect_ivl_max = 1000
-        socket.connect(self._endpoint)
-        with select.epoll() as poller:
-            poller.register(socket.fd, select.EPOLLIN)
-            # Edge-triggered and never read: each write is a new edge.
-            poller.register(self._eventfd, select.EPOLLIN | select.EPOLLET)
-            if self._lifeline >= 0:
-                poller.register(self._lifeline, select.EPOLLIN)
-            self._serve(socket, poller)
-        socket.close()
-        context.term()
+        try:
+            context = zmq.Context(io_threads=1)
+            socket: zmq.SyncSocket = context.socket(zmq.DEALER)
+            socket.identity = self._identity
+            socket.linger = 2000
+            socket.sndhwm = socket.rcvhwm = HIGH_WATER
+            socket.maxmsgsize = MAX_FRAME
+            socket.reconnect_ivl = 50
+            socket.reconnect_ivl_max = 1000
+            socket.connect(self._endpoint)
+            with select.epoll() as poller:
+                poller.register(int(socket.get(zmq.FD)), select.EPOLLIN)
+                # Edge-triggered and never read: each write is a new edge.
+                poller.register(self._eventfd, select.EPOLLIN | select.EPOLLET)
+                if self._lifeline >= 0:
+                    poller.register(self._lifeline, select.EPOLLIN)
+                self._serve(socket, poller)
+            socket.close()
+            context.term()
+        except BaseException:
+            # Without its link the instance serves nobody, and nobody would know.
+            traceback.print_exc(file=sys.__stderr__)
+            os._exit(BROKEN)
 
     def _serve(self, socket: zmq.SyncSocket, poller: select.epoll) -> None:
         frames: Iterator[Parts] = iter(())
         blocked: Parts | None = None
         while True:
-            self._receive(socket)
+            # Asked again after every send: that may have consumed the descriptor's edge for what is now readable.
+            while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                self.receiver(socket.recv_multipart(zmq.NOBLOCK))
             try:
                 if blocked is not None:
                     socket.send_multipart(blocked, zmq.NOBLOCK)
                     blocked = None
+                sent = 0
                 for parts in frames:
                     blocked = parts
                     socket.send_multipart(parts, zmq.NOBLOCK)
                     blocked = None
+                    sent += 1
             except zmq.Again:
-                pass
-            if blocked is None:
-                frames = self.frames()
-                if not self.sleep():
-                    continue
-                if self._closing:
-                    return
-            # Sending may have consumed the descriptor's edge for a message that is now readable.
-            if socket.get(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+                poller.poll(_BLOCKED_RETRY)
                 continue
-            for descriptor, _ in poller.poll(_BLOCKED_RETRY if blocked is not None else -1):
+            frames = self.frames()
+            if sent or not self.sleep():
+                continue
+            if self._closing:
+                return
+            for descriptor, _ in poller.poll():
                 if descriptor == self._lifeline:
                     os._exit(ORPHANED)
-
-    def _receive(self, socket: zmq.SyncSocket) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self.receiver(socket.recv_multipart(zmq.NOBLOCK))

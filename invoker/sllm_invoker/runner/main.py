@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -200,7 +200,7 @@ class _Process:
         if self._host is not None and hasattr(result, "__await__"):
             self._host.complete(_awaited(result))
 
-    def _receive(self, by_method: dict[str, Executor], executors: Executors | None = None) -> None:
+    def _receive(self, by_method: Mapping[str, Executor], executors: Executors | None = None) -> None:
         """From here on the link's messages go to an Instance; READY says so."""
 
         def drained() -> None:

@@ -42,8 +42,8 @@ def prepare(spec: FunctionSpec, object_dir: str) -> object:
     global _skeleton
     if spec.kind == "llm" and object_dir:
         from sllm_invoker.runner import attach
-        from sllm_invoker.runner import llm as llm  # imported before the fork, used after it
 
+        importlib.import_module("sllm_invoker.runner.llm")  # before the fork, for after it
         _skeleton = attach.prepare(Path(object_dir))
         gc.collect()
         gc.freeze()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from sllm._runtime import Cancelled
+from sllm._runtime import Cancelled, cancel_calls
 
 from sllm_faas.errors import SllmError, to_info
 from sllm_invoker.runner.batch import Batch
@@ -67,6 +67,8 @@ class Workers:
         else:
             for worker in self._workers:
                 worker.interrupt(call)
+            # An exception cannot end a thread's wait for another function's result; its cancellation can.
+            cancel_calls(f"inv-{call.id.hex()}")
 
     # -- for its workers ---------------------------------------------------------------------------------------
 
