@@ -39,8 +39,7 @@ from sllm_faas.errors import (
     SllmError,
     to_info,
 )
-
-from .object import (
+from sllm_invoker.checkpoints.object import (
     CHUNK_BYTES,
     DATA_ALIGNMENT,
     DTYPE_BYTES,
@@ -63,7 +62,7 @@ from .object import (
     read_header,
     write_manifest,
 )
-from .store import CheckpointStore, check_name, storage_errors, sync_directory
+from sllm_invoker.checkpoints.store import CheckpointStore, check_name, storage_errors, sync_directory
 
 if TYPE_CHECKING:
     import torch
@@ -253,12 +252,14 @@ def _key(*facts: str) -> str:
 def _write(store: CheckpointStore, origin: _Origin, content: str, dtype: str, report: Progress) -> str:
     import transformers
 
+    from sllm_invoker.runner.attach import probe
+
     report(0, 0, "load")
     model, architecture, known_dtype = _load(origin, dtype)
-    probe = _probe(model)
+    found = probe(model)
     with store.workspace() as work:
         files = _write_side_files(work, origin, model)
-        part, ties = _write_part(work / PART_NAME, model, probe.order, report)
+        part, ties = _write_part(work / PART_NAME, model, found.order, report)
         layout = Layout(version=LAYOUT_VERSION, transformers=transformers.__version__, dtype=known_dtype)
         digest = identity(layout, (part,), files)
         manifest = Manifest(
@@ -272,11 +273,11 @@ def _write(store: CheckpointStore, origin: _Origin, content: str, dtype: str, re
             files=files,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             total_bytes=part.bytes,
-            kv_bytes_per_token=probe.kv_bytes_per_token,
+            kv_bytes_per_token=found.kv_bytes_per_token,
             max_context=_max_context(model.config, work),
-            vocabulary=probe.vocabulary,
-            generates=probe.generates,
-            batched=probe.batched,
+            vocabulary=found.vocabulary,
+            generates=found.generates,
+            batched=found.batched,
             chat_template=_has_chat_template(work),
         )
         write_manifest(work, manifest)
@@ -319,50 +320,6 @@ def _load(origin: _Origin, dtype: str) -> tuple[Any, str, str]:
         raise CheckpointCorrupt(f"{origin.name}: {mismatched[0]} has another shape than config.json says.")
     model.eval()
     return model, names[0], str(model.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    order: dict[str, int]
-    kv_bytes_per_token: int
-    vocabulary: int
-    generates: bool
-    batched: bool
-
-
-def _probe(model: Any) -> _Probe:
-    """One small forward: in which order modules run, what the cache costs, whether the row cache is exact."""
-    import torch
-
-    from sllm_invoker.runner.engines.rows import cache_bytes_per_token, supports_rows
-
-    order: dict[str, int] = {}
-
-    def note(name: str) -> Any:
-        def ran(_module: Any, _args: Any) -> None:
-            order.setdefault(name, len(order))
-
-        return ran
-
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
-    generates = bool(model.can_generate())
-    ids = torch.arange(1, 9).remainder(model.config.get_text_config().vocab_size)[None]
-    try:
-        with torch.inference_mode():
-            out = model(input_ids=ids, **({"use_cache": False} if generates else {}))
-    except Exception as error:
-        raise BadSpec(f"{type(model).__name__} does not run on token ids alone: {_line(error)}.") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    batched = generates and supports_rows(model)
-    return _Probe(
-        order=order,
-        kv_bytes_per_token=cache_bytes_per_token(model) if generates else 0,
-        vocabulary=int(out.logits.shape[-1]) if generates else int(model.config.get_text_config().vocab_size),
-        generates=generates,
-        batched=batched,
-    )
 
 
 def _write_part(path: Path, model: Any, order: dict[str, int], report: Progress) -> tuple[Part, dict[str, str]]:

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_faas.errors import BadSpec, CheckpointError, CheckpointUnavailable, Conflict, StorageFull
-
-from .object import (
+from sllm_invoker.checkpoints.object import (
     CheckpointObject,
     Manifest,
     Progress,

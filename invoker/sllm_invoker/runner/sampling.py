@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines.base import Sampling, TokenLogprob
+from sllm_invoker.runner.engines.base import Sampling, TokenLogprob
 
 Floats = NDArray[np.floating]
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sllm_faas.errors import BadSpec
-
-from .base import Engine
+from sllm_invoker.runner.engines.base import Engine
 
 if TYPE_CHECKING:
     from sllm_invoker.runner.attach import Skeleton
@@ -30,7 +29,7 @@ def create(
     `max_sequences` bounds sequences held or running at once; more wait. Raises BadSpec for an unknown name.
     """
     if name == "transformers":
-        from .transformers import TransformersEngine
+        from sllm_invoker.runner.engines.transformers import TransformersEngine
 
         return TransformersEngine(skeleton, cache_tokens=cache_tokens, max_sequences=max_sequences)
     raise BadSpec(f"engine {name!r} is not one of {', '.join(ENGINES)}.", param="engine")

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .compute import Forward
-from .solo import attention_only
+from sllm_invoker.runner.engines.compute import Forward
+from sllm_invoker.runner.engines.solo import attention_only
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _WINDOWED = {"full_attention", "sliding_attention"}

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from .base import GenerateRequest, TokenOutput
+from sllm_invoker.runner.engines.base import GenerateRequest, TokenOutput
 
 State = Literal["waiting", "filling", "held", "running", "done"]
 """waiting: no cache. filling: what is known of it is being computed. held: computed and silent."""

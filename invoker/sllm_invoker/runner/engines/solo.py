@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .compute import Forward
+from sllm_invoker.runner.engines.compute import Forward
 
 
 class Solo:

@@ -41,13 +41,19 @@ import torch
 from sllm_faas.errors import BadRequest, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
 from sllm_invoker.runner import attach as attaching
 from sllm_invoker.runner.attach import Skeleton
+from sllm_invoker.runner.engines.base import (
+    AttachReport,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    Sequence,
+    TokenOutput,
+)
+from sllm_invoker.runner.engines.compute import Compute
+from sllm_invoker.runner.engines.rows import Rows
+from sllm_invoker.runner.engines.sequence import Embedding, State, TokenSequence
+from sllm_invoker.runner.engines.solo import Solo
 from sllm_invoker.runner.sampling import draw
-
-from .base import AttachReport, EngineStats, FinishReason, GenerateRequest, Sequence, TokenOutput
-from .compute import Compute
-from .rows import Rows
-from .sequence import Embedding, State, TokenSequence
-from .solo import Solo
 
 DEFAULT_CACHE_BYTES = 1 << 30
 DEFAULT_CACHE_TOKENS = 65536
