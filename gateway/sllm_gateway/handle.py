@@ -99,6 +99,10 @@ class Handle:
             elif self.ended is not None:
                 return
 
+    def running_for(self) -> float:
+        """Seconds since it was dispatched; 0 while it waits."""
+        return self._dispatcher.clock() - self.inv.dispatched if self.node else 0.0
+
     def cancel(self) -> None:
         """Nobody wants it any more. Idempotent; nothing happens once it has ended."""
         self._dispatcher.cancel(self)

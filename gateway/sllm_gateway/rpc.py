@@ -45,6 +45,7 @@ class Rpc:
         identity = os.urandom(16)
         answers: asyncio.Queue[Reply | SllmError] = asyncio.Queue()
         self._pending[identity] = answers
+        final = False
         try:
             self.send(codec.encode(Header(Type.REQUEST, identity), Request(op, codec.pack(body)), *buffers))
             while True:
@@ -57,13 +58,24 @@ class Rpc:
                     ) from None
                 if isinstance(reply, SllmError):
                     raise reply
+                final = not reply.more
                 if reply.error is not None:
                     raise from_info(reply.error)
-                yield not reply.more, _body(reply.body)
-                if not reply.more:
+                yield final, _body(reply.body)
+                if final:
                     return
         finally:
             del self._pending[identity]
+            if not final:
+                self._stop(identity)
+
+    def _stop(self, identity: bytes) -> None:
+        """Nobody reads the answers any more; what follows logs should know."""
+        if self.send is not None:
+            try:
+                self.send([Header(Type.CANCEL, identity).pack()])
+            except SllmError:
+                pass
 
     def on_reply(self, identity: bytes, reply: Reply) -> bool:
         """Whether somebody waited for it."""
