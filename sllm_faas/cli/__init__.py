@@ -90,10 +90,10 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The console script: never a traceback for what a user can cause."""
-    sys.exit(invoke(args))
+    sys.exit(execute(args))
 
 
-def invoke(args: Sequence[str] | None = None) -> int:
+def execute(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     try:
         value: Any = cli.main(args, prog_name="sllm", standalone_mode=False)

@@ -49,7 +49,7 @@ def sllm(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
         flags = ["--state-dir", str(config.state_dir)]
         if args[0] == "up":
             flags += ["--port", str(config.port), "--invokers", "2", "--gateways", "2", "--shutdown-grace", "5"]
-        return cli.invoke([*args, *flags])
+        return cli.execute([*args, *flags])
 
     yield run
     holder = processes.holder(config)

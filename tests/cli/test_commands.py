@@ -1,0 +1,537 @@
+"""Commands against a server with canned answers: what they ask, print, and exit with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm_faas import cli
+
+_spec = importlib.util.spec_from_file_location("fake_server", Path(__file__).with_name("fake_server.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fake_server = importlib.util.module_from_spec(_spec)
+sys.modules["fake_server"] = fake_server
+_spec.loader.exec_module(fake_server)
+Answer, Fake, error, events = fake_server.Answer, fake_server.Fake, fake_server.error, fake_server.events
+
+Run = Callable[..., tuple[int, str, str]]
+
+INSTANCE = {
+    "instance": "i-1", "app": "demo", "function": "square", "version": 3, "target": "demo/square@3", "state": "ready",
+    "running": 1, "concurrency": 4, "node": "node-0", "warmth": "libs", "age": 5.0, "pid": 77, "memory_mb": 256,
+    "why": "least estimated start", "timeline": {"began": 0.0, "spans": [
+        {"name": "fork", "start": 0.0, "seconds": 0.01, "detail": ""},
+        {"name": "attach", "start": 0.01, "seconds": 0.03, "detail": "disk 2.1 GB/s"}]},
+}  # fmt: skip
+FUNCTION = {
+    "app": "demo", "name": "square", "kind": "function", "version": 3, "methods": [{"name": "square", "stream": False}],
+    "parameters": [], "concurrency": 4, "max_queue": 10, "memory_mb": 256, "secrets": ["KEY"], "checkpoint": None,
+    "timeouts": {"queue": 60.0, "startup": 300.0, "first_output": None, "idle": 120.0, "execution": 300.0},
+    "scaling": {"min_containers": 0, "max_containers": 8, "buffer_containers": 0, "scaledown_window": 60.0},
+    "instances": {"requested": 0, "starting": 0, "ready": 1, "draining": 0}, "waiting": 0, "running": 1,
+}  # fmt: skip
+APP = {
+    "app": "demo", "version": 3, "weight": 1.0, "functions": [FUNCTION],
+    "versions": [
+        {"version": 3, "state": "ready", "active": True, "created": 0.0, "error": None, "functions": ["square"]},
+        {"version": 2, "state": "failed", "active": False, "created": 0.0, "error": {"message": "no torch"},
+         "functions": ["square"]},
+    ],
+}  # fmt: skip
+NODE = {
+    "name": "node-0", "state": "up", "cordoned": False, "draining": False, "instances": 1, "memory_used_mb": 256,
+    "memory_mb": 8192, "disk_free_mb": 1024, "cores": 2.0, "gpus": 0, "checkpoints": ["ab" * 32], "labels": {},
+    "bandwidth": {"disk": 2e9},
+}  # fmt: skip
+APPS = {
+    "apps": [{"name": "demo", "version": 3, "created": 0.0, "functions": ["square"], "instances": 1, "deploying": None}]
+}
+INVOCATION = "inv-" + "0" * 32
+RECORD = {
+    "invocation": INVOCATION, "app": "demo", "function": "square", "version": 3, "target": "demo/square@3",
+    "method": "", "gateway": "gateway-0", "state": "failed",
+    "error": {"code": "function_error", "message": "it broke", "hint": ""},
+    "began": 0.0, "seconds": 0.2, "instance": "i-1", "node": "node-0", "why": "only node", "cold": True, "attempts": 1,
+    "outputs": 0, "usage": {}, "timeline": [{"name": "queue", "start": 0.0, "seconds": 0.1, "detail": ""},
+                                            {"name": "run", "start": 0.1, "seconds": 0.1, "detail": ""}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    for name in list(os.environ):
+        if name.startswith("SLLM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+    fake = Fake(
+        {
+            "GET /v1/apps": Answer(body=APPS),
+            "GET /v1/apps/demo": Answer(body=APP),
+            "GET /v1/instances": Answer(body={"instances": [INSTANCE]}),
+            "GET /v1/nodes": Answer(body={"nodes": [NODE]}),
+        }
+    )
+    server = fake.start()
+    monkeypatch.setenv("SLLM_SERVER", fake.url)
+    yield fake
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def sllm(fake: Any, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*args: str) -> tuple[int, str, str]:
+        code = cli.execute(args)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def test_ps_shows_a_row_per_instance(sllm: Run) -> None:
+    code, out, _ = sllm("ps")
+    assert code == 0
+    head, row = out.splitlines()
+    assert " ".join(head.split()) == "INSTANCE FUNCTION VERSION STATE RUNNING NODE STARTED FROM AGE PID MEMORY"
+    assert " ".join(row.split()) == "i-1 demo/square 3 ready 1/4 node-0 libs 5.0 s 77 256.0 MiB"
+
+
+def test_ps_of_an_app_asks_for_it_alone(sllm: Run, fake: Any) -> None:
+    assert sllm("ps", "demo")[0] == 0
+    assert fake.last().query == {"app": "demo"}
+
+
+@pytest.mark.parametrize(
+    ("args", "path", "body", "printed"),
+    [
+        (["ps"], "/v1/instances", {"instances": [INSTANCE]}, [INSTANCE]),
+        (["history", "demo"], "/v1/apps/demo", APP, APP["versions"]),
+        (["node", "list"], "/v1/nodes", {"nodes": [NODE]}, [NODE]),
+        (["token", "list"], "/v1/tokens", {"tokens": []}, []),
+        (["checkpoint", "list"], "/v1/checkpoints", {"checkpoints": []}, []),
+        (["status"], "/v1/status", {"counts": {}}, {"counts": {}}),
+        (["describe", "demo"], "/v1/apps/demo", APP, APP),
+        (["describe", INVOCATION], f"/v1/invocations/{INVOCATION}", RECORD, RECORD),
+        (["describe", "node", "node-0"], "/v1/nodes/node-0", NODE, NODE),
+    ],
+)
+def test_json_is_what_the_server_said_and_nothing_else(
+    sllm: Run, fake: Any, args: list[str], path: str, body: Any, printed: Any
+) -> None:
+    fake.answers[f"GET {path}"] = Answer(body=body)
+    code, out, err = sllm(*args, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == printed
+
+
+def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:
+    fake.answers["GET /v1/status"] = Answer(
+        body={
+            "controller": {"life": "x", "uptime": 61.0, "pid": 5, "version": "0.1.0"},
+            "counts": {"nodes": 2, "nodes_lost": 1, "gateways": 2, "running": 4, "waiting": 1,
+                       "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}},
+            "apps": APPS["apps"],
+            "storage": {"ok": False, "error": "disk full"},
+        }
+    )  # fmt: skip
+    code, out, _ = sllm("status")
+    assert code == 0
+    for text in (
+        "pid 5, up for 1 min",
+        "2, 1 lost",
+        "1 starting, 3 ready",
+        "4 running, 1 waiting",
+        "disk full",
+        "demo",
+    ):
+        assert text in out
+
+
+def test_history_names_what_serves_and_what_failed(sllm: Run) -> None:
+    _, out, _ = sllm("history", "demo")
+    assert "yes" in out.splitlines()[1]
+    assert "no torch" in out.splitlines()[2]
+
+
+def test_describe_draws_the_timeline_of_an_invocation(sllm: Run, fake: Any) -> None:
+    fake.answers[f"GET /v1/invocations/{INVOCATION}"] = Answer(body=RECORD)
+    code, out, _ = sllm("describe", INVOCATION)
+    assert code == 0
+    assert "Failed: it broke" in out
+    assert "only node" in out
+    queue, run = (line for line in out.splitlines() if "█" in line)
+    assert queue.split()[0] == "queue"
+    assert run.index("█") > queue.index("█")
+
+
+def test_describe_function_says_why_its_instances_are_where_they_are(sllm: Run, fake: Any) -> None:
+    target = {"target": "demo/square@3", "failures": 0, "retry_in": None, "error": None, "blocked": "no room",
+              "instances": [INSTANCE]}  # fmt: skip
+    body = {**FUNCTION, "desired": 1, "targets": [target], "starts": []}
+    fake.answers["GET /v1/functions/demo/square"] = Answer(body=body)
+    code, out, _ = sllm("describe", "demo/square")
+    assert code == 0
+    for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none"):
+        assert text in out
+
+
+def test_logs_prints_lines_and_passes_its_filters(sllm: Run, fake: Any) -> None:
+    records = [
+        {"time": 0.5, "app": "demo", "function": "square", "instance": "i-1", "text": f"line {n}"} for n in (1, 2)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    fake.answers["GET /v1/logs"] = Answer(200, lines, "application/x-ndjson")
+    code, out, _ = sllm("logs", "demo/square", "-n", "5", "--invocation", INVOCATION)
+    assert code == 0
+    assert [line.partition("| ")[2] for line in out.splitlines()] == ["line 1", "line 2"]
+    query = fake.last().query
+    assert (query["app"], query["function"], query["lines"], query["invocation"]) == ("demo", "square", "5", INVOCATION)
+    _, out, _ = sllm("logs", "--json")
+    assert [json.loads(line) for line in out.splitlines()] == records
+
+
+def test_logs_follow_prints_events_as_they_come(sllm: Run, fake: Any) -> None:
+    fake.answers["GET /v1/logs"] = events(("log", {"time": 0.0, "text": "a"}), ("log", {"time": 0.0, "text": "b"}))
+    code, out, _ = sllm("logs", "-f")
+    assert code == 0
+    assert [line[-1] for line in out.splitlines()] == ["a", "b"]
+    assert fake.last().query["follow"] == "1"
+
+
+# -- doing ---------------------------------------------------------------------------------------------------
+
+
+def test_invoke_sends_json_and_prints_the_result(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/functions/demo/square"] = Answer(body={"y": [9]})
+    code, out, _ = sllm("invoke", "demo/square", '{"x": 3}', "--parameters", '{"n": 1}')
+    assert (code, json.loads(out)) == (0, {"y": [9]})
+    assert json.loads(fake.last().body) == {"x": 3}
+    assert fake.last().query == {"parameters": '{"n": 1}'}
+
+
+@pytest.mark.parametrize(("more", "printed"), [([], "hello\n"), (["--json"], '"hello"\n')])
+def test_text_is_printed_bare_unless_json_is_asked_for(sllm: Run, fake: Any, more: list[str], printed: str) -> None:
+    fake.answers["POST /v1/functions/demo/square"] = Answer(body="hello")
+    assert sllm("invoke", "demo/square", *more)[1] == printed
+
+
+def test_invoke_stream_prints_each_output(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/functions/demo/count"] = events(("output", 1), ("output", "two"), ("done", {"seconds": 0.1}))
+    code, out, _ = sllm("invoke", "demo/count", "[5]", "--stream")
+    assert (code, out) == (0, "1\ntwo\n")
+    assert "text/event-stream" in fake.last().headers["Accept"]
+
+
+def test_a_stream_that_fails_prints_what_came_then_the_error(sllm: Run, fake: Any) -> None:
+    failure = {"error": {"code": "worker_lost", "message": "the node is gone", "hint": "Call again."}}
+    fake.answers["POST /v1/functions/demo/count"] = events(("output", 1), ("error", failure))
+    code, out, err = sllm("invoke", "demo/count", "--stream")
+    assert (code, out) == (1, "1\n")
+    assert "the node is gone" in err
+    assert "Call again." in err
+
+
+def test_a_stream_cut_before_its_end_is_a_failure(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/functions/demo/count"] = events(("output", 1))
+    code, _, err = sllm("invoke", "demo/count", "--stream")
+    assert code == 1
+    assert "ended without its end" in err
+
+
+@pytest.mark.parametrize("arguments", ["{", "3", '"x"', "nan"])
+def test_arguments_that_are_not_json_are_a_usage_error(sllm: Run, fake: Any, arguments: str) -> None:
+    code, _, err = sllm("invoke", "demo/square", arguments)
+    assert code == cli.USAGE
+    assert repr(arguments) in err
+    assert fake.asked == []
+
+
+def test_the_users_traceback_comes_before_the_error(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/functions/demo/square"] = error(
+        500, "function_error", "ValueError: bad", traceback="Traceback …\nValueError: bad"
+    )
+    code, out, err = sllm("invoke", "demo/square")
+    assert (code, out) == (1, "")
+    assert err.index("Traceback …") < err.index("Error: ValueError: bad")
+
+
+def test_rollback_says_what_serves_now(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/apps/demo/rollback"] = Answer(body={"app": "demo", "version": 2, "from": 3})
+    assert sllm("rollback", "demo", "--version", "2")[1] == "demo serves version 2 (was 3).\n"
+    assert json.loads(fake.last().body) == {"version": 2}
+
+
+def test_delete_asks_first_and_takes_no_for_an_answer(
+    sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake.answers["DELETE /v1/apps/demo"] = Answer(body={"app": "demo", "deleted": True, "instances": 1})
+    (tmp_path / "no").write_text("n\n")
+    with (tmp_path / "no").open() as no:
+        monkeypatch.setattr(sys, "stdin", no)
+        assert sllm("delete", "demo")[0] == cli.INTERRUPTED
+    assert "DELETE" not in {asked.method for asked in fake.asked}
+    assert sllm("delete", "demo", "--yes")[0] == 0
+    assert fake.last().method == "DELETE"
+
+
+def test_token_create_prints_the_token_alone_on_stdout(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/tokens"] = Answer(body={"name": "ci", "token": "sllm_x", "scopes": ["deploy"], "apps": []})
+    code, out, err = sllm("token", "create", "ci", "--scope", "deploy", "--app", "demo", "--expires", "2h")
+    assert (code, out) == (0, "sllm_x\n")
+    assert "not shown again" in err
+    body = json.loads(fake.last().body)
+    assert body == {"name": "ci", "scopes": ["deploy"], "apps": ["demo"], "expires_in": 7200.0}
+
+
+@pytest.mark.parametrize("expires", ["0s", "2", "1w", "-1h", "", "1.5h"])
+def test_a_bad_duration_is_a_usage_error(sllm: Run, expires: str) -> None:
+    code, _, err = sllm("token", "create", "ci", "--expires", expires)
+    assert code == cli.USAGE
+    assert "allowed: 90s, 15m, 12h, 30d" in err
+
+
+@pytest.mark.parametrize("verb", ["cordon", "uncordon", "drain"])
+def test_node_verbs_reach_the_node(sllm: Run, fake: Any, verb: str) -> None:
+    fake.answers[f"POST /v1/nodes/node-0/{verb}"] = Answer(body=NODE)
+    assert sllm("node", verb, "node-0")[0] == 0
+
+
+def test_checkpoint_pull_shows_its_stages_and_result(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/checkpoints"] = events(
+        ("progress", {"stage": "hash", "done": 1, "total": 2, "text": ""}),
+        ("progress", {"stage": "write", "done": 1, "total": 2, "text": ""}),
+        ("result", {"name": "m", "digest": "cd" * 32, "bytes": 2048, "node": "node-0"}),
+    )
+    code, out, err = sllm("checkpoint", "pull", "org/m", "--name", "m")
+    assert (code, out) == (0, "Pulled m: 2.0 KiB, cdcdcdcdcdcd.\n")
+    assert err == "hash …\nwrite …\n"
+
+
+# -- deploying -----------------------------------------------------------------------------------------------
+
+SOURCE = 'import sllm\napp = sllm.App("demo")\n\n@app.function\ndef square(x: int) -> int:\n    return x * x\n'
+DONE = {"app": "demo", "version": 4, "unchanged": False, "seconds": 0.5}
+
+
+def test_deploy_uploads_what_is_missing_and_says_how_to_call_it(sllm: Run, fake: Any, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "shop.py").write_text(SOURCE)
+
+    def deployed(asked: Any) -> Any:
+        spec = json.loads(asked.body)["spec"]
+        assert spec["name"] == "demo"
+        assert [function["qualname"] for function in spec["functions"]] == ["square"]
+        uploads = [one for one in fake.asked if one.method == "PUT"]
+        assert [one.path for one in uploads] == [f"/v1/bundles/{spec['bundle']}"]
+        fake.answers[f"HEAD /v1/bundles/{spec['bundle']}"] = Answer()
+        return events(("progress", {"stage": "check", "text": "on node-0"}), ("result", DONE))
+
+    class Everything(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return Answer(201, {}) if key.startswith("PUT /v1/bundles/") else super().get(key, default)
+
+    fake.answers = Everything({**fake.answers, "POST /v1/apps/demo/deployments": deployed})
+    code, out, err = sllm("deploy", "source/shop.py")
+    assert code == 0, err
+    assert out.splitlines()[0] == "Deployed demo version 4 in 500 ms."
+    assert f"demo/square  POST {fake.url}/v1/functions/demo/square" in out
+    assert sllm("deploy", "source/shop.py")[0] == 0
+    assert [asked.method for asked in fake.asked].count("PUT") == 1
+
+
+def test_a_failed_deploy_shows_the_users_traceback_and_exits_1(sllm: Run, fake: Any, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    failure = {"error": {"code": "import_failed", "message": "needs module 'x'", "hint": "Install it.",
+                         "traceback": "Traceback (most recent call last):\n  File shop.py"}}  # fmt: skip
+    fake.answers["POST /v1/apps/model/deployments"] = events(("error", failure))
+    code, out, err = sllm("deploy", "--model", "model")
+    assert (code, out) == (1, "")
+    assert "File shop.py" in err
+    assert "Install it." in err
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "app", "source"),
+    [
+        ("org/Tiny_Llama.v1", [], "tiny-llama-v1", "org/Tiny_Llama.v1"),
+        ("org/m", ["--name", "mine", "--dtype", "float32", "--revision", "main"], "mine", "org/m"),
+    ],
+)
+def test_a_model_is_deployed_with_no_file(
+    sllm: Run, fake: Any, model: str, more: list[str], app: str, source: str
+) -> None:
+    fake.answers[f"POST /v1/apps/{app}/deployments"] = events(("result", {**DONE, "app": app}))
+    code, out, _ = sllm("deploy", "--model", model, *more)
+    assert code == 0
+    assert f"model={app}/{app}" in out
+    (function,) = json.loads(fake.last().body)["spec"]["functions"]
+    assert (function["kind"], function["checkpoint"]["source"]) == ("llm", source)
+
+
+@pytest.mark.parametrize("args", [[], ["a.py", "--model", "m"], ["a.py", "--name", "x"]])
+def test_deploy_takes_a_file_or_a_model(sllm: Run, args: list[str]) -> None:
+    assert sllm("deploy", *args)[0] == cli.USAGE
+
+
+def test_deploying_a_file_that_does_not_import_shows_why(sllm: Run, fake: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import sllm\n\n1 / 0\n")
+    code, _, err = sllm("deploy", "broken.py")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "line 3" in err
+    assert fake.asked == []
+
+
+# -- servers and exit codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exits"),
+    [
+        (401, "unauthenticated", cli.NOT_ALLOWED),
+        (403, "forbidden", cli.NOT_ALLOWED),
+        (404, "not_found", cli.NOT_FOUND),
+        (429, "queue_full", cli.FAILED),
+        (500, "internal", cli.FAILED),
+        (503, "unavailable", cli.FAILED),
+        (504, "deadline_exceeded", cli.FAILED),
+    ],
+)
+def test_exit_codes_follow_the_kind_of_error(sllm: Run, fake: Any, status: int, code: str, exits: int) -> None:
+    fake.answers["GET /v1/status"] = error(status, code, "it is so", "Do this.")
+    result, out, err = sllm("status")
+    assert (result, out) == (exits, "")
+    assert err == "Error: it is so\nDo this.\n"
+
+
+def test_an_unreachable_server_exits_3_and_says_what_to_do(sllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLLM_SERVER")
+    code, _, err = sllm("status", "--server", "http://127.0.0.1:1")
+    assert code == cli.UNREACHABLE
+    assert "http://127.0.0.1:1" in err
+    assert "sllm up" in err
+
+
+def test_an_answer_that_is_not_ours_is_said_to_be_so(sllm: Run, fake: Any) -> None:
+    fake.answers["GET /v1/status"] = Answer(200, b"<html>", "text/html")
+    code, _, err = sllm("status")
+    assert code == 1
+    assert "Is it an sllm server?" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "near"),
+    [
+        (["delete", "demi", "--yes"], "demo"),
+        (["invoke", "dmeo/square"], "demo"),
+        (["invoke", "demo/sqare"], "square"),
+        (["describe", "demo/squar"], "square"),
+        (["node", "drain", "nod-0"], "node-0"),
+        (["history", "dem"], "demo"),
+    ],
+)
+def test_a_name_nearly_right_is_suggested(sllm: Run, args: list[str], near: str) -> None:
+    code, _, err = sllm(*args)
+    assert code == cli.NOT_FOUND
+    assert f"Did you mean '{near}'?" in err
+
+
+def test_a_command_nearly_right_is_suggested(sllm: Run) -> None:
+    code, _, err = sllm("deplyo")
+    assert code == cli.USAGE
+    assert "did you mean `sllm deploy`?" in err
+
+
+def test_the_token_goes_to_the_server_it_is_for(sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLLM_TOKEN", "sllm_mine")
+    sllm("ps")
+    assert fake.last().headers["Authorization"] == "Bearer sllm_mine"
+
+
+def test_the_admin_token_of_this_machine_is_not_sent_elsewhere(
+    sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state = tmp_path / "state" / "sllm"
+    state.mkdir(parents=True)
+    (state / "admin.token").write_text("sllm_admin\n")
+    sllm("ps")
+    assert "Authorization" not in fake.last().headers
+    monkeypatch.setenv("SLLM_PORT", fake.url.rpartition(":")[2])  # now the server is this state directory's own
+    sllm("ps")
+    assert fake.last().headers["Authorization"] == "Bearer sllm_admin"
+
+
+def test_a_profile_names_a_server_and_its_token(
+    sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLLM_SERVER", "http://127.0.0.1:1")
+    (tmp_path / "config" / "sllm").mkdir(parents=True)
+    profiles = tmp_path / "config" / "sllm" / "profiles.toml"
+    profiles.write_text(f'[lab]\nserver = "{fake.url}"\ntoken = "sllm_lab"\n')
+    profiles.chmod(0o600)
+    assert sllm("ps", "--profile", "lab")[0] == 0
+    assert fake.last().headers["Authorization"] == "Bearer sllm_lab"
+    code, _, err = sllm("ps", "--profile", "lob")
+    assert code == cli.USAGE
+    assert "Did you mean 'lab'?" in err
+    profiles.chmod(0o644)
+    code, _, err = sllm("ps", "--profile", "lab")
+    assert code == cli.USAGE
+    assert "chmod 600" in err
+
+
+def test_help_lists_every_command_and_the_exit_codes(sllm: Run) -> None:
+    code, out, _ = sllm("--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert "3 server unreachable" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(sllm: Run, name: str) -> None:
+    if name == "bench":
+        return  # hands everything over
+    code, out, _ = sllm(name, "--help")
+    assert code == 0
+    assert f"Usage: sllm {name}" in out
+
+
+def test_help_needs_no_heavy_import() -> None:
+    import subprocess
+
+    script = (
+        "import sys\nfrom sllm_faas import cli\ncli.execute(['--help'])\n"
+        "print([m for m in ('httpx', 'torch', 'zmq', 'psutil', 'starlette', 'asyncio') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_doctor_reports_each_check(sllm: Run) -> None:
+    code, out, _ = sllm("doctor", "--json")
+    found = json.loads(out)
+    assert {"python", "memory", "disk", "port", "clock", "open files"} <= {item["check"] for item in found}
+    assert code == int(any(item["result"] == "failed" for item in found))
+    assert all(item["advice"] for item in found if item["result"] == "failed")
+
+
+def test_bench_without_the_source_tree_says_where_it_is(sllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    code, _, err = sllm("bench", "dataplane")
+    assert code in (cli.NOT_FOUND, cli.FAILED)
+    assert "source tree" in err
