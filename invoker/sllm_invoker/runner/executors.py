@@ -80,6 +80,7 @@ class LoopHost:
 
     def __init__(self, *, threaded: bool) -> None:
         self.loop = asyncio.new_event_loop()
+        self.threaded = threaded
         self._stopping = False
         self._thread: threading.Thread | None = None
         if threaded:

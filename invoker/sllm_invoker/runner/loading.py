@@ -1,7 +1,8 @@
 """From a spec to the user's objects: import the module, find the function or class, make its object.
 
-    load(spec, root)       imports and looks up; this is all that an import check does
-    build(...)             parameters → object, hooks → callables, methods → `Method`s
+    load(spec, root)         imports and looks up; this is all that an import check does
+    build(...)               parameters → object, hooks → callables, methods → `Method`s
+    start_error(error)       what to report when either, or a hook, failed
 
 Errors are for the developer: ImportFailed names what is missing and what to do, and carries the user's own
 traceback, without the platform's frames. Nothing is called here but the class's constructor.
@@ -17,7 +18,7 @@ from typing import Any
 
 from sllm._runtime import Found, Invocation, resolve
 
-from sllm_faas.errors import ImportFailed
+from sllm_faas.errors import ErrorInfo, ImportFailed, SllmError, StartFailed, to_info
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.exceptions import format_traceback
 from sllm_faas.wire.payload import types_of
@@ -57,7 +58,7 @@ def load(spec: FunctionSpec, root: str) -> Found:
         raise ImportFailed(
             f"module {spec.module!r} of function {spec.name!r} failed to import: {_line(error)}.",
             hint="See the traceback; it must import without the things that only exist on your machine.",
-            traceback=format_traceback(error, root),
+            traceback=_traceback(error, root),
         ) from error
     missing = [method.name for method in spec.methods if spec.kind == "class" and method.name not in found.codes]
     if missing or (found.cls is not None) != (spec.kind == "class"):
@@ -84,6 +85,29 @@ def build(found: Found, spec: FunctionSpec, target: Target, root: str, instance:
     )
 
 
+def start_error(error: BaseException, root: str) -> ErrorInfo:
+    """Why an instance did not start: an error of the platform as it is, one of the user's constructor or hooks
+    as StartFailed with its traceback."""
+    if isinstance(error, SllmError):
+        return to_info(error)
+    return to_info(
+        StartFailed(
+            f"the instance did not start: {_line(error)}.",
+            hint="See the traceback: the constructor or an enter hook raised it.",
+            traceback=_traceback(error, root),
+        )
+    )
+
+
+def _traceback(error: BaseException, root: str) -> str:
+    """The user's part of the traceback. A module that does not parse has no frame of its own."""
+    tb = error.__traceback__
+    while tb is not None and not tb.tb_frame.f_code.co_filename.startswith(root):
+        tb = tb.tb_next
+    bare = tb is None and isinstance(error, SyntaxError)
+    return format_traceback(error.with_traceback(None) if bare else error, root)
+
+
 def _missing(error: ModuleNotFoundError, spec: FunctionSpec, root: str) -> ImportFailed:
     name = error.name or ""
     top = name.partition(".")[0]
@@ -93,7 +117,7 @@ def _missing(error: ModuleNotFoundError, spec: FunctionSpec, root: str) -> Impor
         f"function {spec.name!r} needs module {name!r}, which is not there.",
         hint=hint,
         param=name,
-        traceback=format_traceback(error, root),
+        traceback=_traceback(error, root),
     )
 
 

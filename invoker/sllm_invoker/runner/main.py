@@ -23,10 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sllm_faas.errors import SllmError, to_info
 from sllm_faas.spec import Span, Timeline
 from sllm_faas.wire.codec import encode
-from sllm_faas.wire.exceptions import exception_to_info
 from sllm_faas.wire.header import Header, Type, unpack
 from sllm_faas.wire.messages import Hello, Ready, StartFailed
 from sllm_invoker.runner import loading
@@ -124,7 +122,7 @@ class _Process:
             else:
                 self._serve()
         except BaseException as error:
-            info = _start_error(error, config.source_dir)
+            info = loading.start_error(error, config.source_dir)
             self._leave(encode(Header(Type.START_FAILED), StartFailed(info, self._clock.timeline())))
             return EXIT_START_FAILED
         self._leave(encode(Header(Type.BYE)))
@@ -207,8 +205,8 @@ class _Process:
             self._drained.set()
             if executors is not None:
                 executors.close()
-            if self._host is not None:
-                self._host.stop()
+            if self._host is not None and not self._host.threaded:
+                self._host.stop()  # one in a thread goes on: exit hooks may need it
 
         def ended(call: Call) -> None:
             self._capture.end(call.id.hex())
@@ -226,12 +224,6 @@ def _before_ready(parts: Parts) -> None:
     """Nothing runs yet: SHUTDOWN ends the process, everything else waits for nothing."""
     if unpack(parts[0]).type is Type.SHUTDOWN:
         os._exit(EXIT_OK)
-
-
-def _start_error(error: BaseException, root: str) -> Any:
-    if isinstance(error, SllmError):
-        return to_info(error)
-    return exception_to_info(error, root)
 
 
 def _private_memory_mb() -> int:

@@ -156,7 +156,7 @@ class Capture:
             LineWriter("stdout", 1, emit, rate, time.time),
             LineWriter("stderr", 2, emit, rate, time.time),
         )
-        sys.stdout, sys.stderr = self._writers  # type: ignore[assignment]
+        sys.stdout, sys.stderr = self._writers
 
     def end(self, invocation: str) -> None:
         for writer in self._writers:

@@ -249,7 +249,7 @@ class Loop:
 
 def _double(values: list[int], factor: list[int]) -> list[Any]:
     results: list[Any] = [value * by for value, by in zip(values, factor, strict=True)]
-    return [Shortage("luck", 13) if value == 13 else [result, len(values)] for value, result in zip(values, results)]
+    return [Shortage("luck", 13) if result == 13 else [result, len(values)] for result in results]
 
 
 @app.cls(name="Batched")
