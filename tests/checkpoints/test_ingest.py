@@ -66,7 +66,7 @@ def _age(directory: Path) -> None:
 def test_an_untouched_source_is_recognised_without_reading_it(store, source, monkeypatch):
     _age(source)
     first = ingest(store, str(source), "tiny")
-    monkeypatch.setattr("sllm_invoker.checkpoints.ingest._content_digest", None)
+    monkeypatch.setattr("sllm_invoker.checkpoints.ingest.content_digest", None)
     again = ingest(store, str(source), "again")
     assert (again.digest, again.known) == (first.digest, True)
     assert store.resolve("again") == first.digest
@@ -119,7 +119,7 @@ def test_dtype_converts_the_weights(store, source):
 
 
 def test_chunk_sums_cover_a_part_of_several_chunks(store, source, monkeypatch):
-    for module in ("object", "ingest"):
+    for module in ("object", "part"):
         monkeypatch.setattr(f"sllm_invoker.checkpoints.{module}.CHUNK_BYTES", 4096)
     monkeypatch.setattr("sllm_invoker.checkpoints.object.chunks_of.__defaults__", (4096,))
     ingest(store, str(source), "tiny")
@@ -154,6 +154,20 @@ def test_two_processes_ingest_the_same_at_once_and_make_one_object(store, source
     assert leftovers(store) == []
     writer = next(answer for answer in lines if not answer[-1]["result"]["known"])
     assert {"stage", "done", "total"} == set(writer[0])
+
+
+@pytest.mark.e2e
+def test_a_known_source_is_recognised_without_torch(store, source):
+    _age(source)
+    ingest(store, str(source), "tiny")
+    code = (
+        "import sys; from pathlib import Path; from sllm_invoker.checkpoints import ingest, store;"
+        "done = ingest.ingest(store.CheckpointStore(Path(sys.argv[1])), sys.argv[2], 'tiny');"
+        "print(done.known, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(store.root), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True []"
 
 
 @pytest.mark.e2e
@@ -319,7 +333,7 @@ def test_a_full_disk_is_storage_full_and_leaves_nothing(store, source, monkeypat
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sllm_invoker.checkpoints.ingest._HashingWriter.write", full)
+    monkeypatch.setattr("sllm_invoker.checkpoints.part._HashingWriter.write", full)
     refused(store, source, StorageFull, "no space left")
 
 

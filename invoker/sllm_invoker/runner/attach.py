@@ -28,6 +28,7 @@ import torch
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
 from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
+from sllm_invoker.checkpoints.source import first_line
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
 
@@ -125,7 +126,9 @@ def load_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever its validation meets
         code = " It asks for code of its own, which is refused." if "auto_map" in raw else ""
-        raise BadSpec(f"{path} does not describe a model that transformers knows: {_line(error)}.{code}") from error
+        raise BadSpec(
+            f"{path} does not describe a model that transformers knows: {first_line(error)}.{code}"
+        ) from error
 
 
 def model_class(architecture: str) -> Any:
@@ -150,7 +153,7 @@ def build_skeleton(config: Any, architecture: str) -> Any:
         with torch.device("meta"), no_init_weights():
             return cls._from_config(config)
     except Exception as error:  # a config that validates may still be impossible to build
-        raise BadSpec(f"{architecture} cannot be built from its config.json: {_line(error)}.") from error
+        raise BadSpec(f"{architecture} cannot be built from its config.json: {first_line(error)}.") from error
 
 
 def end_tokens(directory: Path) -> frozenset[int]:
@@ -218,7 +221,7 @@ def probe(model: Any) -> Traits:
         with torch.inference_mode():
             out = model(input_ids=ids, **({"use_cache": False} if generates else {}))
     except Exception as error:  # whatever a model wants beside token ids
-        raise BadSpec(f"{type(model).__name__} does not run on token ids alone: {_line(error)}.") from error
+        raise BadSpec(f"{type(model).__name__} does not run on token ids alone: {first_line(error)}.") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -285,8 +288,3 @@ def _fits(slots: dict[str, Any], leaf: str, tensor: torch.Tensor, name: str) -> 
 
 def _on_meta(model: Any) -> Iterator[str]:
     return (name for name, _, tensor in model_tensors(model) if tensor.is_meta)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a foreign error, short enough for a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -1,0 +1,152 @@
+"""Writing the weights of a loaded model as a part file, in one pass: bytes, xxh3 and blake3 together.
+
+The file is safetensors with its header padded to a multiple of `DATA_ALIGNMENT`, tensors in execution order,
+each aligned by `__pad__` entries. Not here: the manifest around it (`ingest`) and reading it back (`object`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blake3
+import xxhash
+
+from sllm_faas.errors import CheckpointIncomplete
+from sllm_invoker.checkpoints.object import (
+    CHUNK_BYTES,
+    DATA_ALIGNMENT,
+    DTYPE_BYTES,
+    PAD_PREFIX,
+    TENSOR_ALIGNMENT,
+    ByteRange,
+    Part,
+    Progress,
+    TensorEntry,
+    TensorKind,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
+def write_part(path: Path, model: Any, order: dict[str, int], report: Progress) -> tuple[Part, dict[str, str]]:
+    """The weights file and the ties. One pass over the bytes."""
+    from sllm_invoker.runner.attach import SAFETENSORS_DTYPES, model_tensors
+
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    stored: dict[str, tuple[TensorKind, torch.Tensor]] = {}
+    for name, kind, tensor in model_tensors(model):
+        if tensor.is_meta:
+            raise CheckpointIncomplete(f"{name} has no value after loading.")
+        if id(tensor) in first:
+            ties[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            stored[name] = (kind, tensor.detach())
+    names = sorted(stored, key=lambda name: _position(name, order))  # stable: registration order within a module
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    tensors, at = [], 0
+    pads: dict[str, int] = {}  # tensor name -> padding bytes before it
+    for name in names:
+        kind, tensor = stored[name]
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        if gap := -at % TENSOR_ALIGNMENT:
+            header[f"{PAD_PREFIX}.{len(pads)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            pads[name], at = gap, at + gap
+        end = at + tensor.numel() * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        tensors.append(TensorEntry(name, dtype, tuple(tensor.shape), at, end, kind))
+        at = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
+
+    writer = _HashingWriter(path, 8 + len(raw) + at, report)
+    with writer:
+        writer.write(memoryview(len(raw).to_bytes(8, "little") + raw))
+        for name in names:
+            if name in pads:
+                writer.write(memoryview(bytes(pads[name])))
+            writer.write(_raw_bytes(stored[name][1]))
+    part = Part(
+        name=path.name,
+        bytes=writer.done,
+        data_start=8 + len(raw),
+        digest=writer.whole.hexdigest(),
+        chunks=tuple(writer.chunks),
+        tensors=tuple(tensors),
+        layers=_layers(tensors),
+    )
+    return part, ties
+
+
+def _position(name: str, order: dict[str, int]) -> int:
+    """When the module that holds `name` first ran; one that did not run (an idle expert) counts with the
+    nearest module around it that did."""
+    owner = name.rpartition(".")[0]
+    while owner not in order and owner:
+        owner = owner.rpartition(".")[0]
+    return order.get(owner, 0)
+
+
+def _layers(tensors: list[TensorEntry]) -> tuple[ByteRange, ...]:
+    """Consecutive tensors of one layer (`model.layers.3`) or one module outside the layers."""
+    ranges: list[ByteRange] = []
+    for tensor in tensors:
+        match = _LAYER.match(tensor.name)
+        name = match[1] if match else tensor.name.rpartition(".")[0]
+        if ranges and ranges[-1].name == name:
+            ranges[-1] = ByteRange(name, ranges[-1].start, tensor.end)
+        else:
+            ranges.append(ByteRange(name, tensor.start, tensor.end))
+    return tuple(ranges)
+
+
+def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.contiguous().reshape(-1)
+    raw: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return raw
+
+
+class _HashingWriter:
+    """Writes a file and sums it: blake3 of the whole, xxh3-64 of each chunk."""
+
+    def __init__(self, path: Path, total: int, report: Progress) -> None:
+        self._file = path.open("wb")
+        self._total, self._report = total, report
+        self._chunk = xxhash.xxh3_64()
+        self.whole = blake3.blake3()
+        self.chunks: list[str] = []
+        self.done = 0
+
+    def __enter__(self) -> _HashingWriter:
+        return self
+
+    def write(self, data: memoryview) -> None:
+        while data.nbytes:
+            room = CHUNK_BYTES - self.done % CHUNK_BYTES
+            piece, data = data[:room], data[room:]
+            self._file.write(piece)
+            self.whole.update(piece)
+            self._chunk.update(piece)
+            self.done += piece.nbytes
+            if self.done % CHUNK_BYTES == 0:
+                self._end_chunk()
+            self._report(self.done, self._total, "write")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self.done % CHUNK_BYTES:
+            self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        self.chunks.append(self._chunk.hexdigest())
+        self._chunk = xxhash.xxh3_64()
