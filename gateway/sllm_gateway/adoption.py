@@ -69,7 +69,7 @@ class Adoptions:
         search.asked = set(self._dispatcher.linked())
         if not search.asked:
             raise Unavailable("No invoker is connected yet.", hint="Try again shortly.", retry_after=1.0)
-        credit = search.first + self._dispatcher.window
+        credit = self._credit(search.first)
         for node in search.asked:
             self._dispatcher.send_to(node, [Header(Type.ADOPT, identity, seq=search.first, credit=credit).pack()])
         try:
@@ -77,6 +77,10 @@ class Adoptions:
                 await search.done.wait()
         except TimeoutError:
             pass
+
+    def _credit(self, first: int) -> int:
+        """The lost gateway's client may have been a window ahead of where it re-attaches, and its credit another."""
+        return first + 2 * self._dispatcher.window
 
     def on_adopted(self, node: str, frame: codec.Frame) -> None:
         header, body = frame.header, frame.body
@@ -115,7 +119,7 @@ class Adoptions:
             state=State.STREAMING if first else State.DISPATCHED,
             wanted=first,
             consumed=first,
-            credit=first + dispatcher.window,
+            credit=self._credit(first),
         )
         inv.adopt(now)
         slot = next((one for one in dispatcher.slots.of(body.target) if one.instance == body.instance), None)

@@ -15,20 +15,16 @@ by its terminal frame or its node's loss and by nothing else; every submitted ha
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
-
-import msgspec
+from typing import Protocol
 
 from sllm_faas.dispatch.fences import Verdict, judge
 from sllm_faas.dispatch.invocation import CANCEL_INTERVAL, Due, Invocation, State, TargetClock
 from sllm_faas.dispatch.queue import WaitQueue
 from sllm_faas.dispatch.routes import RouteTable
 from sllm_faas.dispatch.slots import Instance, SlotTable
-from sllm_faas.dispatch.timers import Wheel
 from sllm_faas.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -45,24 +41,22 @@ from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts, PeerBusy, PeerGone
 from sllm_faas.wire.header import NO_LIMIT, Header, Type
 from sllm_faas.wire.messages import (
-    INLINE_LIMIT,
     Demand,
     Done,
     Failed,
     Grant,
-    Invoke,
     Refused,
-    Reply,
-    Request,
     Routes,
     RoutesDelta,
     TargetDemand,
     TargetFailed,
     Want,
 )
+from sllm_gateway import frames
+from sllm_gateway.alarm import Alarm
 from sllm_gateway.demand import DemandReporter
 from sllm_gateway.handle import Call, Ended, Handle
-from sllm_gateway.rpc import Rpc
+from sllm_gateway.rpc import Answers, Rpc
 
 REFUSAL_PAUSE = 0.05
 """Seconds for which an instance that refused without a new grant is left alone."""
@@ -98,8 +92,7 @@ class Dispatcher:
         self.drops: Counter[str] = Counter()
         self.controller = Rpc("controller")
         self.nodes: dict[str, Rpc] = {}
-        self.operations: dict[str, Callable[[dict[str, Any]], Any]] = {}
-        """What this gateway answers when the controller asks it, by op."""
+        self.answers = Answers()
         self.adoptions: Callable[[str, codec.Frame], None] | None = None
         """Takes ADOPTED frames (see `adoption`)."""
         self._links: dict[str, Link] = {}
@@ -108,9 +101,7 @@ class Dispatcher:
         self._by_inv: dict[Invocation, Handle] = {}
         self._running: Counter[Target] = Counter()
         self._clocks: dict[Target, TargetClock] = {}
-        self._wheel: Wheel[Invocation] = Wheel()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._alarm = Alarm(clock, self._ring)
         self._on_ended = on_ended
         self._on_routes = on_routes
         self._demand = DemandReporter(self._measure, self._report, self._tell_wants, self._forget)
@@ -142,7 +133,7 @@ class Dispatcher:
         self._add(handle)
         clock = self._clock_of(call.target)
         inv.wait(now, clock)
-        self._arm(inv, inv.due(now, clock))
+        self._alarm.set(inv, inv.due(now, clock))
         self._demand.urgent(call.target)
         if loser is not None:
             self._shed(loser, now)
@@ -168,7 +159,7 @@ class Dispatcher:
         inv.consumed += outputs
         if inv.state is State.STREAMING and inv.give_credit(self.clock(), self.window):
             self._send(handle, Type.CREDIT, credit=inv.credit)
-            self._arm(inv, inv.running_due())
+            self._alarm.set(inv, inv.running_due())
 
     def handle(self, identity: bytes) -> Handle | None:
         """The invocation of that id that has not ended here."""
@@ -242,7 +233,7 @@ class Dispatcher:
                 if not self.controller.on_reply(frame.header.id, body):
                     self.drops["unasked_reply"] += 1
             case Type.REQUEST:
-                self._answer(frame.header, body)
+                self._tell_controller(self.answers.reply(frame.header, body))
             case Type.WELCOME | Type.HEARTBEAT | Type.BYE:
                 pass  # the link's own business
             case _:
@@ -279,7 +270,7 @@ class Dispatcher:
         handle.slot = slot
         self._add(handle)
         self._running[inv.target] += 1
-        self._arm(inv, inv.running_due())
+        self._alarm.set(inv, inv.running_due())
         self._demand.changed(inv.target)
         return handle
 
@@ -299,9 +290,11 @@ class Dispatcher:
     def close(self) -> None:
         """Stop the timers. What still runs is the invokers' to cancel."""
         self._demand.close()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._alarm.close()
+
+    def tick(self) -> None:
+        """See to every deadline that has passed. The alarm does; a test with its own clock may."""
+        self._alarm.tick()
 
     # -- frames of invocations -------------------------------------------------------------------------------
 
@@ -337,7 +330,7 @@ class Dispatcher:
         if header.type is Type.OUTPUT:
             if inv.state is State.CANCELLING:
                 return
-            outputs = _inflate(body, frame.buffers)
+            outputs = frames.outputs(body, frame.buffers)
             if outputs is None or len(outputs) != header.items or not inv.stream:
                 self.drops["bad_frame"] += 1
                 return
@@ -345,11 +338,11 @@ class Dispatcher:
             first = not inv.wanted
             inv.output(now, header.items - skip)
             if first:
-                self._arm(inv, inv.running_due())
+                self._alarm.set(inv, inv.running_due())
             handle.deliver(outputs[skip:] if skip else outputs)
         elif header.type is Type.DONE:
             assert isinstance(body, Done)
-            payload = frame.buffers[0] if frame.buffers and not body.payload else body.payload
+            payload = frames.result(body, frame.buffers)
             self._finish(handle, Ended(payload, None, body.seconds, body.usage, body.spans))
         elif header.type is Type.FAILED:
             assert isinstance(body, Failed)
@@ -379,7 +372,7 @@ class Dispatcher:
         clock = self._clock_of(inv.target)
         inv.refuse(now, clock)
         self.queue.push_front(inv)
-        self._arm(inv, inv.due(now, clock))
+        self._alarm.set(inv, inv.due(now, clock))
         self._demand.urgent(inv.target)
         self._reroute(inv.target)
         self._pump(inv.target)
@@ -430,24 +423,9 @@ class Dispatcher:
         inv.dispatch(self.clock(), clock)
         handle.slot, handle.node = slot, slot.node
         self._running[inv.target] += 1
-        payload = call.payload
-        inline = len(payload) <= INLINE_LIMIT
-        body = Invoke(
-            method=call.method,
-            encoding=call.encoding,
-            stream=call.stream,
-            payload=payload if inline else b"",
-            context=call.context,
-            execution=call.timeouts.execution,
-            resume=inv.resume,
-            outputs=inv.wanted,
-            caller=call.caller,
-        )
-        header = Header(Type.INVOKE, inv.id, inv.fence, slot.number, credit=inv.credit)
-        parts = codec.encode(header, body) if inline else codec.encode(header, body, payload)
-        self._arm(inv, inv.running_due())
+        self._alarm.set(inv, inv.running_due())
         self._demand.changed(inv.target)
-        self.send_to(slot.node, parts)
+        self.send_to(slot.node, frames.invoke(call, inv, slot.number))
 
     def _release(self, handle: Handle) -> None:
         """It is no longer in flight anywhere."""
@@ -472,7 +450,7 @@ class Dispatcher:
         now = self.clock()
         self._release(handle)
         inv.retry(now)
-        self._arm(inv, inv.due(now, self._clock_of(inv.target)))
+        self._alarm.set(inv, inv.due(now, self._clock_of(inv.target)))
         self._pump(inv.target)
 
     def _give_up(self, handle: Handle, error: ErrorInfo) -> None:
@@ -486,7 +464,7 @@ class Dispatcher:
             self._forget_handle(handle, Ended(error=error))
             return
         self._send(handle, Type.CANCEL)
-        self._arm(inv, Due(now + CANCEL_INTERVAL, "cancel"))
+        self._alarm.set(inv, Due(now + CANCEL_INTERVAL, "cancel"))
         self._settle(handle, Ended(error=error))
 
     def _finish(self, handle: Handle, ended: Ended) -> None:
@@ -508,7 +486,7 @@ class Dispatcher:
 
     def _forget_handle(self, handle: Handle, ended: Ended) -> None:
         inv = handle.inv
-        self._wheel.remove(inv)
+        self._alarm.clear(inv)
         del self._handles[inv.id]
         del self._by_inv[inv]
         self._settle(handle, ended)
@@ -533,50 +511,24 @@ class Dispatcher:
 
     # -- time ------------------------------------------------------------------------------------------------
 
-    def _arm(self, inv: Invocation, due: Due | None) -> None:
-        if due is None:
-            self._wheel.remove(inv)
-            return
-        self._wheel.put(inv, due.when)
-        if self._timer is None or due.when < self._timer_at:
-            self._set_timer(due.when)
-
-    def _set_timer(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = when
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, when - self.clock()) + 0.001, self.tick)
-
-    def tick(self) -> None:
-        """See to every deadline that has passed, and set the timer for the next."""
-        now = self.clock()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for inv in self._wheel.due(now):
-            handle = self._by_inv.get(inv)
-            if handle is None:
-                continue
-            due = inv.due(now, self._clock_of(inv.target))
-            if due is not None and due.when <= now:
-                self._passed(handle, due, now)
-            else:
-                self._arm(inv, due)  # it moved on since: an idle clock, say
-        next_due = self._wheel.next()
-        if next_due is not None and self._timer is None:
-            self._set_timer(next_due)
+    def _ring(self, inv: Invocation, now: float) -> None:
+        due = inv.due(now, self._clock_of(inv.target))
+        if due is not None and due.when <= now:
+            self._passed(self._by_inv[inv], due, now)
+        else:
+            self._alarm.set(inv, due)  # it moved on since: an idle clock, say
 
     def _passed(self, handle: Handle, due: Due, now: float) -> None:
         inv = handle.inv
         if due.what == "cancel":
             inv.cancel(now)
             self._send(handle, Type.CANCEL)
-            self._arm(inv, Due(now + CANCEL_INTERVAL, "cancel"))
+            self._alarm.set(inv, Due(now + CANCEL_INTERVAL, "cancel"))
         elif due.what == "retry":
             clock = self._clock_of(inv.target)
             inv.wake(now, clock)
             self.queue.push_front(inv)
-            self._arm(inv, inv.due(now, clock))
+            self._alarm.set(inv, inv.due(now, clock))
             self._demand.urgent(inv.target)
             self._reroute(inv.target)
             self._pump(inv.target)
@@ -604,7 +556,7 @@ class Dispatcher:
             clock = self._clocks.get(target)
             if clock is not None and clock.set_ready(self.slots.has_ready(target), now):
                 for inv in self.queue.items(target):
-                    self._arm(inv, inv.due(now, clock))
+                    self._alarm.set(inv, inv.due(now, clock))
 
     def _rerouted(self) -> None:
         for target in self.queue.targets():
@@ -614,26 +566,23 @@ class Dispatcher:
 
     def _reroute(self, target: Target) -> None:
         """What waits for a version that no longer serves waits for the one that does."""
-        route = self.routes.functions.get((target.app, target.function))
-        if route is not None and route.version == target.version:
+        try:
+            new = self.routes.successor(target)
+        except NotFound as error:
+            self._fail_waiting(target, to_info(error))
             return
-        if route is None:
-            gone = NotFound(f"{target.app}/{target.function} was deleted while the invocation waited.")
-            self._fail_waiting(target, to_info(gone))
+        if new == target:
             return
-        new = Target(target.app, target.function, route.version, target.parameters)
-        moved = self.queue.take_all(target)
         now, clock = self.clock(), self._clock_of(new)
         kept = []
-        for inv in moved:
-            method = inv.method
-            if route.spec.kind == "llm" or route.spec.method(method) is not None:
+        for inv in self.queue.take_all(target):
+            if self.routes.serves(new, inv.method):
                 inv.target = new
                 inv.wait(now, clock)
-                self._arm(inv, inv.due(now, clock))
+                self._alarm.set(inv, inv.due(now, clock))
                 kept.append(inv)
             else:
-                lost = NotFound(f"{target.app}/{target.function} has no method {method!r} since version {new.version}.")
+                lost = NotFound(f"{target.app}/{target.function} has no {inv.method!r} since version {new.version}.")
                 self._finish(self._by_inv[inv], Ended(error=to_info(lost)))
         self.queue.put_back(kept)
         self._demand.changed(target)
@@ -647,10 +596,13 @@ class Dispatcher:
         return TargetDemand(target, self.queue.waiting(target), self._running[target], age)
 
     def _report(self, demand: Demand) -> bool:
+        return self._tell_controller(codec.encode(Header(Type.DEMAND), demand))
+
+    def _tell_controller(self, parts: Parts) -> bool:
         if self._controller_link is None:
             return False
         try:
-            self._controller_link.send(codec.encode(Header(Type.DEMAND), demand))
+            self._controller_link.send(parts)
         except (PeerGone, PeerBusy):
             return False
         return True
@@ -673,26 +625,11 @@ class Dispatcher:
         route = handle.slot.number if handle.slot is not None else 0
         self.send_to(handle.node, [Header(kind, inv.id, inv.fence, route, credit=credit).pack()])
 
-    def _answer(self, header: Header, request: Request) -> None:
-        operation = self.operations.get(request.op)
-        try:
-            if operation is None:
-                raise NotFound(f"a gateway has no operation {request.op!r}")
-            body = msgspec.msgpack.decode(request.body, type=dict[str, Any]) if request.body else {}
-            reply = Reply(codec.pack(operation(body)))
-        except Exception as error:  # the asker gets it, whatever it is
-            reply = Reply(error=to_info(error))
-        if self._controller_link is not None:
-            try:
-                self._controller_link.send(codec.encode(Header(Type.REPLY, header.id), reply))
-            except (PeerGone, PeerBusy):
-                pass
-
     def validate(self) -> None:
         """Assert the invariants; for tests, and after every event there."""
         self.queue.validate()
         self.slots.validate()
-        self._wheel.validate()
+        self._alarm.validate()
         for handle in self._handles.values():
             inv = handle.inv
             inv.validate()
@@ -705,18 +642,3 @@ class Dispatcher:
         ours = sum(1 for handle in self._handles.values() if handle.node and handle.call is not None)
         assert ours == self.slots.in_flight(), "slots in flight and invocations disagree"
         assert len(self._handles) == len(self._by_inv)
-
-
-def new_id() -> bytes:
-    return os.urandom(16)
-
-
-def _inflate(outputs: list[bytes], buffers: tuple[bytes, ...]) -> list[bytes] | None:
-    """Outputs with those that travelled out of band put in their (empty) places; None when they do not match."""
-    if not buffers:
-        return outputs
-    rest = iter(buffers)
-    filled = [output or next(rest, None) for output in outputs]
-    if None in filled or next(rest, None) is not None:
-        return None
-    return [output for output in filled if output is not None]

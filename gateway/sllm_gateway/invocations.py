@@ -66,9 +66,9 @@ class Invocations:
         self._streams = streams
         self._recent = recent
         self._adoptions = adoptions
-        dispatcher.operations["invocation.get"] = self._asked_get
-        dispatcher.operations["invocation.list"] = self._asked_list
-        dispatcher.operations["invocation.cancel"] = self._asked_cancel
+        dispatcher.answers.operations["invocation.get"] = self._asked_get
+        dispatcher.answers.operations["invocation.list"] = self._asked_list
+        dispatcher.answers.operations["invocation.cancel"] = self._asked_cancel
 
     # -- HTTP ------------------------------------------------------------------------------------------------
 

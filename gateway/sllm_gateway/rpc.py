@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from sllm_faas.errors import DeadlineExceeded, SllmError, Unavailable, WireError, from_info
+from sllm_faas.errors import DeadlineExceeded, NotFound, SllmError, Unavailable, WireError, from_info, to_info
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts
 from sllm_faas.wire.header import Header, Type
@@ -93,6 +93,25 @@ class Rpc:
         self.send = None
         for answers in self._pending.values():
             answers.put_nowait(Unavailable(f"The {self.peer} went away.", hint="Try again shortly.", retry_after=1.0))
+
+
+class Answers:
+    """The answering side: what this gateway says when the controller asks. `operations` by op."""
+
+    def __init__(self) -> None:
+        self.operations: dict[str, Callable[[dict[str, Any]], Any]] = {}
+
+    def reply(self, header: Header, request: Request) -> Parts:
+        """The REPLY to a REQUEST. Whatever goes wrong is the answer."""
+        operation = self.operations.get(request.op)
+        try:
+            if operation is None:
+                raise NotFound(f"a gateway has no operation {request.op!r}")
+            body = msgspec.msgpack.decode(request.body, type=dict[str, Any]) if request.body else {}
+            reply = Reply(codec.pack(operation(body)))
+        except Exception as error:
+            reply = Reply(error=to_info(error))
+        return codec.encode(Header(Type.REPLY, header.id), reply)
 
 
 def _body(data: bytes) -> Any:

@@ -128,6 +128,20 @@ class RouteTable:
             self._resolved[app, name] = resolved
         return resolved
 
+    def successor(self, target: Target) -> Target:
+        """The target whose instances serve now what was meant for `target`'s. Raises NotFound once it is deleted."""
+        route = self.functions.get((target.app, target.function))
+        if route is None:
+            raise NotFound(f"{target.app}/{target.function} was deleted.")
+        if route.version == target.version:
+            return target
+        return Target(target.app, target.function, route.version, target.parameters)
+
+    def serves(self, target: Target, method: str) -> bool:
+        """Whether the serving version still has the method."""
+        route = self.functions.get((target.app, target.function))
+        return route is not None and (route.spec.kind == "llm" or route.spec.method(method) is not None)
+
     def model(self, name: str) -> FunctionRoute:
         """The language model called `app/function`, or by the function's name alone. Raises NotFound."""
         routes = self._models.get(name, [])
