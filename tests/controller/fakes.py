@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -52,6 +50,8 @@ class Peer:
     def __init__(self, endpoint: str, role: str, name: str, life: str = "life-1", **link: Any) -> None:
         self.role, self.name, self.life = role, name, life
         self.frames: asyncio.Queue[codec.Frame] = asyncio.Queue()
+        self.replies: dict[bytes, asyncio.Queue[Reply]] = {}
+        self.asked = 0
         self.dealer = Dealer(endpoint, f"{name}:{life}".encode(), self._on_message, **link)
         self.seen: list[Type] = []
 
@@ -59,6 +59,8 @@ class Peer:
         frame = codec.decode(parts)
         if frame.header.type is Type.HEARTBEAT:
             self.send(Type.HEARTBEAT)
+        elif frame.header.type is Type.REPLY:
+            self.replies[frame.header.id].put_nowait(frame.body)
         else:
             self.seen.append(frame.header.type)
             self.frames.put_nowait(frame)
@@ -66,22 +68,24 @@ class Peer:
     def send(self, kind: Type, body: Any = None, *buffers: bytes, identity: bytes = bytes(16)) -> None:
         self.dealer.send(codec.encode(Header(kind, identity), body, *buffers))
 
-    async def expect(self, kind: Type, match: Callable[[codec.Frame], bool] = lambda frame: True) -> codec.Frame:
+    async def expect(self, kind: Type) -> codec.Frame:
         """The next frame of that type; others before it are passed over."""
         async with asyncio.timeout(WAIT):
             while True:
                 frame = await self.frames.get()
-                if frame.header.type is kind and match(frame):
+                if frame.header.type is kind:
                     return frame
 
     async def call(self, op: str, *buffers: bytes, **body: Any) -> Any:
         """The final answer of an operation; its error is raised. Progress is in `self.progress`."""
-        identity = hashlib.blake2b(f"{op}{len(self.seen)}".encode(), digest_size=16).digest()
+        self.asked += 1
+        identity = self.asked.to_bytes(16, "big")
+        replies = self.replies[identity] = asyncio.Queue()
         self.progress: list[Any] = []
         self.send(Type.REQUEST, Request(op, codec.pack(body)), *buffers, identity=identity)
         while True:
-            frame = await self.expect(Type.REPLY, lambda frame: frame.header.id == identity)
-            reply: Reply = frame.body
+            async with asyncio.timeout(WAIT):
+                reply = await replies.get()
             if reply.error is not None:
                 raise from_info(reply.error)
             value = msgspec.msgpack.decode(reply.body)

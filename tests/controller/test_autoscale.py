@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sllm_faas.controller import autoscale
 from sllm_faas.spec import Scaling
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sllm_faas.controller import estimate as e
 from sllm_faas.spec import Span, Timeline
 

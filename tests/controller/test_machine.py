@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.model import key_of
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import AppSpec, Target
 from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, TargetDemand
-
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import DIGEST, FAILED, ModelNode, World
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.state import Machine
 from sllm_faas.spec import Target
-
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import World
 

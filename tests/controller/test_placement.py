@@ -6,6 +6,7 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sllm_faas.controller import placement
 from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Placed, place

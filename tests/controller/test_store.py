@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from sllm_faas.controller import schema, store as store_module
+
+from sllm_faas.controller import schema
+from sllm_faas.controller import store as store_module
 from sllm_faas.controller.store import JoinToken, Store, StoreBroken
 from sllm_faas.errors import Conflict, ErrorInfo, NotFound, StorageFull, Unavailable
 from sllm_faas.wire.messages import NodeInfo, TokenEntry
-
 from tests.controller.fakes import BUNDLE, app, function
 
 
@@ -43,7 +44,14 @@ def test_versions_are_numbered_per_app_and_survive_a_restart(store, path):
     store.close()
     reopened = again(path)
     one, two, other = reopened.versions()
-    assert (one.app, one.number, one.ready, one.active, one.digests, one.spec) == ("app", 1, True, True, {"f": "d"}, first)
+    assert (one.app, one.number, one.ready, one.active, one.digests, one.spec) == (
+        "app",
+        1,
+        True,
+        True,
+        {"f": "d"},
+        first,
+    )
     assert (two.ready, two.active, two.error.traceback) == (False, False, "tb")
     assert reopened.sizes() == {"d": 7}
     assert other.error.message == "the controller stopped during this deployment"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sllm_faas.controller import state, tables
 from sllm_faas.errors import IllegalTransition
 

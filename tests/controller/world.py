@@ -112,7 +112,9 @@ class World:
         elif isinstance(command, cmd.SendCheck):
             check = command.body
             digests = {f.name: DIGEST for f in check.app.functions if f.checkpoint}
-            result = Checked(check.app.name, check.version, checkpoints=digests, sizes=dict.fromkeys(digests.values(), 2**28))
+            result = Checked(
+                check.app.name, check.version, checkpoints=digests, sizes=dict.fromkeys(digests.values(), 2**28)
+            )
             self.to_machine.append(ev.VersionChecked(name, result))
 
     def progress(self, name: str, instance: str, state: str) -> None:
