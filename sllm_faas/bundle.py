@@ -107,9 +107,9 @@ def _translate(text: str) -> str:
             regex, position = regex + ".*", position + 2
         elif char == "[" and "]" in text[position + 2 :]:
             end = text.index("]", position + 2)
-            inner = text[position + 1 : end].replace("\\", "\\\\")
-            inner = "^/" + inner[1:] if inner.startswith("!") else inner
-            regex, position = regex + f"[{inner}]", end + 1
+            inner = re.sub(r"([\\^\[&~|])", r"\\\1", text[position + 1 : end])  # all but ranges are literal
+            inner = "^" + inner[1:] if inner.startswith("!") else inner
+            regex, position = regex + f"(?!/)[{inner}]", end + 1
         else:
             step = {"*": "[^/]*", "?": "[^/]"}.get(char) or re.escape(char)
             regex, position = regex + step, position + 1

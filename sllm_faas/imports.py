@@ -67,7 +67,5 @@ def _imports(file: Path, module: str, *, is_package: bool) -> set[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             found.update(name for alias in node.names for name in (base, f"{base}.{alias.name}") if base)
-            if not base:
-                found.update(alias.name for alias in node.names)
         todo.extend(ast.iter_child_nodes(node))
     return found

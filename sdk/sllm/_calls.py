@@ -41,12 +41,13 @@ _nested_lock = threading.Lock()
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
     """Begin on the loop thread; remembered under the current invocation, if any, until done."""
-    future = _backend.submit(coroutine)
     invocation = current_invocation()
-    if invocation is not None:
-        with _nested_lock:
-            _nested.setdefault(invocation.id, set()).add(future)
-        future.add_done_callback(lambda done: _forget(invocation.id, done))
+    if invocation is None:
+        return _backend.submit(coroutine)
+    with _nested_lock:  # begun and remembered in one, or a cancellation in between would miss it
+        future = _backend.submit(coroutine)
+        _nested.setdefault(invocation.id, set()).add(future)
+    future.add_done_callback(lambda done: _forget(invocation.id, done))
     return future
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import TracebackType
 
 from sllm_faas.errors import ErrorInfo, FunctionError, RemoteError, SllmError, from_info
 from sllm_faas.wire.payload import Resolve, decode, encode, loaded_types, type_name
@@ -58,7 +57,7 @@ def format_traceback(error: BaseException, root: str = "") -> str:
         if id(real) in seen:
             continue
         seen.add(id(real))
-        summary.stack = traceback.StackSummary.from_list(list(summary.stack)[_skip(real.__traceback__) :])
+        summary.stack = traceback.StackSummary.from_list(list(summary.stack)[_skip(real) :])
         if summary.__cause__ is not None and real.__cause__ is not None:
             chain.append((summary.__cause__, real.__cause__))
         if summary.__context__ is not None and real.__context__ is not None:
@@ -69,16 +68,17 @@ def format_traceback(error: BaseException, root: str = "") -> str:
     return whole if len(whole) <= MAX_TRACEBACK else "…\n" + whole[-MAX_TRACEBACK:]
 
 
-def _skip(tb: TracebackType | None) -> int:
-    """How many leading frames are the platform's; 0 when all of them are, so that nothing is ever hidden."""
-    count = 0
+def _skip(error: BaseException) -> int:
+    """How many leading frames are the platform's; 0 when all of them are, so that nothing is ever hidden. A syntax
+    error names the user's file itself, in none of its frames."""
+    tb, count = error.__traceback__, 0
     while tb is not None:
         name = str(tb.tb_frame.f_globals.get("__name__", ""))
         if name.partition(".")[0] not in _OURS and not _is_stdlib(tb.tb_frame.f_code.co_filename):
             return count
         count += 1
         tb = tb.tb_next
-    return 0
+    return count if isinstance(error, SyntaxError) else 0
 
 
 _STDLIB = str(Path(traceback.__file__).parent)

@@ -72,7 +72,8 @@ def test_secrets_caches_and_environments_are_left_out_by_default(tmp_path: Path)
 
 def test_the_ignore_file_adds_and_takes_back(tmp_path: Path) -> None:
     root = write(tmp_path, {
-        ".sllmignore": "# comment\n\n*.log\n/only_root.txt\ndata/\n!keep.log\ndocs/**/draft.md\n!.env.example\nx[0-9].py\n",
+        ".sllmignore": "# comment\n\n*.log\n/only_root.txt\ndata/\n!keep.log\n"
+        "docs/**/draft.md\n!.env.example\nx[0-9].py\n",
         "a.log": "", "sub/b.log": "", "sub/keep.log": "", "only_root.txt": "", "sub/only_root.txt": "",
         "data/x": "", "sub/data/y": "", "docs/draft.md": "", "docs/a/b/draft.md": "", "docs/a/final.md": "",
         ".env.example": "", "x1.py": "", "xa.py": "", "app.py": "",

@@ -164,7 +164,7 @@ def test_models_are_validated_when_they_arrive() -> None:
     model = Positive(value=3, theName="n", inner=Point(1, 2.0))
     assert again(model) == model
     forged = encode(model).replace(b"\xa5value\x03", b"\xa5value\xff")
-    with pytest.raises(BadRequest, match="greater than 0|Positive cannot be built"):
+    with pytest.raises(BadRequest, match="Positive cannot be built"):
         decode(forged, here)
 
 
