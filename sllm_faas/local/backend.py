@@ -6,11 +6,12 @@ Runs on the SDK's loop thread, like every backend; payloads pass as the bytes th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from sllm._backend import Call
-from sllm_gateway.dispatcher import Dispatcher, new_id
+from sllm_gateway.dispatcher import Dispatcher
 from sllm_gateway.handle import Call as Submitted
 from sllm_gateway.handle import Ended, Handle
 
@@ -60,7 +61,7 @@ class LocalBackend:
         resolved = self._dispatcher.routes.resolve(call.app, name, parameters)
         spec = resolved.route.spec
         submitted = Submitted(
-            new_id(),
+            os.urandom(16),
             resolved.target,
             resolved.method.name,
             call.payload,

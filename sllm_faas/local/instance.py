@@ -25,6 +25,20 @@ from sllm_faas.spec import FunctionSpec, Span, Target, Timeline
 from sllm_faas.wire.exceptions import exception_to_info
 
 
+class _Loop(LoopHost):
+    """A loop on a thread of its own that leaves nothing behind, because the process goes on after it."""
+
+    def run(self) -> None:
+        super().run()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+
+
 class LocalInstance:
     """`found` is the registered function or class (None for a language model), `root` its source directory,
     `object_dir` its checkpoint's object."""
@@ -75,7 +89,7 @@ class LocalInstance:
         user = loading.build(self._found, self.spec, self.target, self._root, self.name, self._node)
         self._executors = executors = Executors(self.spec, user.methods, own_process=False)
         if user.uses_loop:
-            self._host = LoopHost(threaded=True)
+            self._host = _Loop(threaded=True)
         for hook in user.enter:
             self._hook(hook)
         self._user = user  # only now: exit hooks follow a whole enter
@@ -86,7 +100,7 @@ class LocalInstance:
         from sllm_invoker.runner import llm
 
         assert self._object_dir is not None
-        self._host = LoopHost(threaded=True)
+        self._host = _Loop(threaded=True)
         self._model = llm.open_model(self.spec, str(self._object_dir))
         made: Mapping[str, Executor] = llm.executors(self._model, self._host.loop, self.spec.concurrency)
         return made
