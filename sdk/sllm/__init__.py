@@ -15,6 +15,8 @@ Importing this costs a few milliseconds: the HTTP client, asyncio and the codec 
 
 from __future__ import annotations
 
+from typing import Any
+
 from sllm._app import App, FunctionDecorator, Llm
 from sllm._cls import Cls, Parameters, method
 from sllm._code import batched, concurrent, enter, exit, parameter
@@ -51,3 +53,11 @@ __all__ = [
     "method",
     "parameter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # imported on first use
+        import importlib
+
+        return importlib.import_module("sllm.testing")
+    raise AttributeError(f"module 'sllm' has no attribute {name!r}")

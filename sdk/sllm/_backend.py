@@ -174,9 +174,15 @@ def _shut_down(thread: LoopThread) -> None:
         thread.stop()
 
 
+_inherited: list[object] = []
+"""The parent's loop and connections, kept from being collected in a child: closing them would touch what the two
+processes share."""
+
+
 def _after_fork() -> None:
     """The child has neither the thread nor a use for the parent's connections."""
     global _loop, _default, _lock
+    _inherited.append((_loop, _default))
     _loop, _default, _lock = None, None, threading.Lock()
 
 

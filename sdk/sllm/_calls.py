@@ -9,6 +9,7 @@ Invariant: what was started is finished or cancelled when the caller's iterator 
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import queue
 import threading
 from collections import deque
@@ -49,6 +50,16 @@ def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         _nested.setdefault(invocation.id, set()).add(future)
     future.add_done_callback(lambda done: _forget(invocation.id, done))
     return future
+
+
+def _after_fork() -> None:
+    """The parent's calls are not the child's, and another thread may have held the lock."""
+    global _nested_lock
+    _nested_lock = threading.Lock()
+    _nested.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _forget(invocation: str, future: Future[Any]) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +84,8 @@ def as_bad_spec(prefix: str = "") -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
+    import difflib  # on failure only
+
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
 

@@ -402,8 +402,12 @@ def decode_call(
 
 
 def decode_result(encoding: Encoding, payload: bytes, resolve: Resolve = loaded_types) -> Any:
-    """A result or an output as the caller gets it. Raises BadRequest when the bytes are damaged."""
-    return from_json(payload) if encoding == "json" else decode(payload, resolve)
+    """A result or an output as the caller gets it. Raises BadResult when it cannot be had here: its type's own
+    validation refuses it, numpy is not installed, or the bytes are damaged."""
+    try:
+        return from_json(payload) if encoding == "json" else decode(payload, resolve)
+    except BadRequest as error:
+        raise BadResult(f"the result cannot be decoded: {error.message}") from error
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------

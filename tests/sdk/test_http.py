@@ -131,6 +131,7 @@ async def test_a_json_error_is_the_error_of_its_code(status: int, code: str, kin
 @pytest.mark.parametrize(
     ("status", "content", "headers", "kind"),
     [
+        (307, b"", {"location": "http://elsewhere"}, PlatformError),
         (502, b"<html>", {"content-type": "text/html"}, Unavailable),
         (500, b"", {}, PlatformError),
         (500, b"{}", {"content-type": "application/json"}, PlatformError),

@@ -22,7 +22,16 @@ from hypothesis.extra import numpy as hnp
 
 from sllm_faas.errors import BadRequest, BadResult
 from sllm_faas.wire import payload
-from sllm_faas.wire.payload import decode, decode_call, encode, encode_call, encode_result, to_json, types_of
+from sllm_faas.wire.payload import (
+    decode,
+    decode_call,
+    decode_result,
+    encode,
+    encode_call,
+    encode_result,
+    to_json,
+    types_of,
+)
 
 
 class Colour(enum.Enum):
@@ -185,6 +194,14 @@ def test_computed_fields_survive() -> None:
     derived = Derived(3)
     derived.area = 10
     assert again(derived) == derived
+
+
+def test_a_result_that_its_own_type_refuses_is_a_bad_result() -> None:
+    forged = encode(Positive(value=3)).replace(b"\xa5value\x03", b"\xa5value\xff")
+    with pytest.raises(BadResult, match=r"cannot be decoded: .*Positive"):
+        decode_result("msgpack", forged, here)
+    assert decode_result("msgpack", encode(Positive(value=3)), here) == Positive(value=3)
+    assert decode_result("json", b"[1]") == [1]
 
 
 def test_flags_and_paths_come_back() -> None:
