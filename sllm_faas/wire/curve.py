@@ -28,6 +28,8 @@ from sllm_faas.errors import BadRequest, Forbidden
 from sllm_faas.wire.bus import CurveKeys
 
 PREFIX = "sllmjoin_"
+DOMAIN = "sllm"
+"""The ZAP domain that `bus.Router` names."""
 _Z85 = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -128,7 +130,7 @@ class Admission:
 
     def start(self) -> None:
         self._handler.start()
-        self._handler.configure_curve_callback("*", self)
+        self._handler.configure_curve_callback(DOMAIN, self)
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Called by the handler, with the key in Z85."""
@@ -140,4 +142,6 @@ class Admission:
         return allowed
 
     def stop(self) -> None:
+        # Closing alone frees the address only when the socket's thread comes to it.
+        self._handler.zap_socket.unbind("inproc://zeromq.zap.01")
         self._handler.stop()
