@@ -329,7 +329,7 @@ async def test_a_resumed_choice_goes_on_without_repetition(cut: int) -> None:
     request = LlmRequest(prompts=("10",), stop=(" 16 17",), seed=3)
     whole = Rig(script)
     await whole.run(request, "complete")
-    before = [output for output in whole.outputs[:cut]]
+    before = whole.outputs[:cut]
     rest = Rig(script)
     resume = pack(LlmResume((tuple(ids[:cut]),), (None,)))
     end = await rest.run(request, "complete", resume=resume, outputs=cut)

@@ -43,7 +43,8 @@ def prepare(spec: FunctionSpec, object_dir: str) -> object:
     if spec.kind == "llm" and object_dir:
         from sllm_invoker.runner import attach
 
-        importlib.import_module("sllm_invoker.runner.llm")  # before the fork, for after it
+        for name in ("sllm_invoker.runner.llm", "sllm_invoker.runner.engines.transformers"):
+            importlib.import_module(name)  # before the fork, for after it
         _skeleton = attach.prepare(Path(object_dir))
         gc.collect()
         gc.freeze()
