@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
@@ -36,10 +37,24 @@ async def tokens_of(engine, request):
 
 
 async def settled(engine):
-    """Work sent before this has been seen by the step thread when it returns."""
+    """What tasks started before this have sent has been seen by the step thread when it returns."""
+    await asyncio.sleep(0)  # lets them send it
     await engine.embed([[1]])
-    await asyncio.sleep(0)
     return engine.stats()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Closed: steps wait in the engine's thread. A stream's first token comes without a step."""
+    opened, step = threading.Event(), Rows.step
+
+    def gated(self, tokens):
+        assert opened.wait(60)
+        return step(self, tokens)
+
+    monkeypatch.setattr(Rows, "step", gated)
+    yield opened
+    opened.set()
 
 
 def reference(model, prompt, count):
@@ -134,15 +149,20 @@ async def test_held_between_running_ones_stays_exact(engine):
     assert early == [alone[3], alone[0], alone[2]]
 
 
-async def test_a_long_prompt_is_computed_in_pieces_between_steps_of_the_others(engine, monkeypatch):
+async def test_a_long_prompt_is_computed_in_pieces_between_steps_of_the_others(engine, monkeypatch, gate):
     made = engine()
+    gate.set()
     whole = await tokens_of(made, GenerateRequest(tuple(range(1, 49)), 10, GREEDY))
     monkeypatch.setattr("sllm_invoker.runner.engines.transformers.STEP_TOKENS", 4)
     monkeypatch.setattr("sllm_invoker.runner.engines.rows.Rows.chunk", 4)
     running = made.activate(await made.prefill(GenerateRequest(PROMPT, 58, GREEDY)))
+    gate.clear()
     await anext(running)
+    filling = asyncio.create_task(made.prefill(GenerateRequest(tuple(range(1, 49)), 10, GREEDY)))
+    await asyncio.sleep(0)
     before = made.stats().steps
-    sequence = await made.prefill(GenerateRequest(tuple(range(1, 49)), 10, GREEDY))
+    gate.set()
+    sequence = await filling
     assert made.stats().steps - before >= 10
     assert [output.token for output in await listen(made, sequence)] == whole
 
@@ -268,7 +288,8 @@ async def test_cancelling_a_held_sequence_frees_it_and_ends_its_stream(engine):
     assert (stats.held, stats.running, stats.cache_tokens) == (0, 0, 0)
 
 
-async def test_cancelling_a_running_sequence_ends_its_stream_at_once(engine):
+async def test_cancelling_a_running_sequence_ends_its_stream_at_once(engine, gate):
+    """Even while the step that it is in goes on."""
     made = engine()
     sequence = await made.prefill(GenerateRequest(PROMPT, 58, GREEDY))
     stream = made.activate(sequence)
@@ -277,14 +298,16 @@ async def test_cancelling_a_running_sequence_ends_its_stream_at_once(engine):
     with pytest.raises(Cancelled):
         async for _ in stream:
             pass
+    gate.set()
     assert (await settled(made)).cache_tokens == 0
 
 
-async def test_closing_the_iterator_cancels_the_sequence(engine):
+async def test_closing_the_iterator_cancels_the_sequence(engine, gate):
     made = engine()
     stream = made.activate(await made.prefill(GenerateRequest(PROMPT, 58, GREEDY)))
     await anext(stream)
     await stream.aclose()
+    gate.set()
     stats = await settled(made)
     assert (stats.running, stats.cache_tokens) == (0, 0)
 
@@ -303,24 +326,36 @@ async def test_a_cancelled_waiter_takes_its_waiting_sequence_along(engine):
 
 
 async def test_a_cancelled_prefill_stops_between_its_pieces(engine, monkeypatch):
-    monkeypatch.setattr("sllm_invoker.runner.engines.transformers.STEP_TOKENS", 1)
-    monkeypatch.setattr("sllm_invoker.runner.engines.rows.Rows.chunk", 1)
+    monkeypatch.setattr(Rows, "chunk", 1)
     made = engine()
+    begun, cancelled, pieces, feed = threading.Event(), threading.Event(), [], Rows.feed
+
+    def slow(self, handle, tokens):
+        pieces.append(tokens)
+        begun.set()
+        assert cancelled.wait(60)
+        return feed(self, handle, tokens)
+
+    monkeypatch.setattr(Rows, "feed", slow)
     filling = asyncio.create_task(made.prefill(GenerateRequest((1,) * 62, 1, GREEDY)))
-    assert (await settled(made)).waiting == 1
+    await asyncio.to_thread(begun.wait)
     filling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    cancelled.set()
     stats = await settled(made)
-    assert filling.cancelled()
-    assert (stats.waiting, stats.cache_tokens) == (0, 0)
+    assert pieces == [[1]]
+    assert (stats.waiting, stats.held, stats.cache_tokens) == (0, 0, 0)
 
 
-async def test_close_ends_every_stream_and_every_waiter(engine):
+async def test_close_ends_every_stream_and_every_waiter(engine, gate):
     made = engine(max_sequences=2)
+    held = await made.prefill(GenerateRequest(PROMPT, 5, GREEDY))
     stream = made.activate(await made.prefill(GenerateRequest(PROMPT, 58, GREEDY)))
     await anext(stream)
-    held = await made.prefill(GenerateRequest(PROMPT, 5, GREEDY))
     waiting = asyncio.create_task(made.prefill(GenerateRequest(PROMPT, 5, GREEDY)))
-    await settled(made)
+    await asyncio.sleep(0)
+    gate.set()
     made.close()
     with pytest.raises(Cancelled):
         await waiting
@@ -336,17 +371,15 @@ async def test_close_ends_every_stream_and_every_waiter(engine):
 async def test_a_failing_forward_ends_its_sequences_and_the_engine_goes_on(engine, monkeypatch):
     made = engine()
     expected = await generate(made, GenerateRequest(PROMPT, 5, GREEDY))
-    stream = made.activate(await made.prefill(GenerateRequest(PROMPT, 58, GREEDY)))
-    await anext(stream)
+    sequence = await made.prefill(GenerateRequest(PROMPT, 58, GREEDY))
 
     def fail(self, tokens):
         raise RuntimeError("out of registers")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sllm_invoker.runner.engines.rows.Rows.step", fail)
+        patched.setattr(Rows, "step", fail)
         with pytest.raises(PlatformError, match="out of registers"):
-            async for _ in stream:
-                pass
+            await listen(made, sequence)
     assert await generate(made, GenerateRequest(PROMPT, 5, GREEDY)) == expected
 
 
