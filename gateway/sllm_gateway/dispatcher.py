@@ -608,11 +608,8 @@ class Dispatcher:
         return True
 
     def _forget(self, target: Target) -> None:
-        if not self.queue.waiting(target) and target not in self._running and not self._backing_off(target):
+        if not self.queue.waiting(target) and target not in self._running:
             self._clocks.pop(target, None)
-
-    def _backing_off(self, target: Target) -> bool:
-        return any(inv.target == target and inv.state is State.BACKOFF for inv in self._by_inv)
 
     # -- small -----------------------------------------------------------------------------------------------
 
