@@ -7,7 +7,10 @@ script, where Python calls it `__main__`. Standard library only; imports nothing
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def locate(file: Path) -> tuple[Path, str]:
@@ -31,6 +34,8 @@ def main_name() -> str:
     if spec is not None and spec.name:
         return str(spec.name).removesuffix(".__main__")
     file = getattr(main, "__file__", None)
+    from pathlib import Path  # with what it imports a tenth of `import sllm`
+
     return locate(Path(file))[1] if file else ""
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack, dataclass_transform, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, dataclass_transform, overload
 
 from sllm._cls import Cls
 from sllm._code import (
@@ -23,6 +22,9 @@ from sllm._options import FunctionOptions, LlmOptions, as_bad_spec, as_checkpoin
 from sllm_faas.errors import BadSpec
 from sllm_faas.modules import public_name
 from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, RetryPolicy, check_app_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 P = ParamSpec("P")
 R = TypeVar("R")

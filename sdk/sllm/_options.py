@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypedDict
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sllm_faas.errors import BadSpec
 from sllm_faas.spec import CheckpointSpec, RetryPolicy, Scaling, Timeouts
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Checkpoint = CheckpointSpec
 Retries = RetryPolicy
@@ -128,8 +131,10 @@ def as_checkpoint(value: object) -> CheckpointSpec:
     """A `Path` is a directory of the server's machine; text is a Hugging Face repo id or an absolute path."""
     if isinstance(value, Checkpoint):
         return value
-    if isinstance(value, Path):
-        return Checkpoint(str(value.expanduser().resolve()))
+    if isinstance(value, PathLike):
+        from pathlib import Path
+
+        return Checkpoint(str(Path(fspath(value)).expanduser().resolve()))
     if not isinstance(value, str):
         raise BadSpec(f"checkpoint is {value!r}; allowed: a path, a Hugging Face repo id, or sllm.Checkpoint(…).")
     if value.startswith((".", "~")):
