@@ -194,9 +194,9 @@ def _write_side_files(work: Path, origin: Origin, model: Any) -> tuple[FileEntry
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(origin.directory, trust_remote_code=False, local_files_only=True)
-            tokenizer.save_pretrained(work)
         except Exception as error:  # broken JSON, unknown class, missing vocabulary: many types
             raise CheckpointCorrupt(f"the tokenizer of {origin.name} cannot be loaded: {first_line(error)}.") from error
+        tokenizer.save_pretrained(work)
     paths = sorted(path for path in work.iterdir() if path.is_file())
     return tuple(FileEntry(path.name, path.stat().st_size, file_digest(path)) for path in paths)
 
