@@ -14,11 +14,15 @@ from pathlib import Path
 
 from sllm_faas import logging
 from sllm_faas.config import Config
-from sllm_faas.controller.service import Controller
 from sllm_faas.errors import SllmError
 
 
 async def _serve(config: Config, name: str) -> None:
+    # prometheus_client looks at the variable when it is imported.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(config.metrics_dir)
+    config.metrics_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    from sllm_faas.controller.service import Controller
+
     controller = Controller(config, name)
     stopping = asyncio.Event()
 

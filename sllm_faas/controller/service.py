@@ -24,6 +24,7 @@ from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.admin import Admin
 from sllm_faas.controller.bundles import Bundles
+from sllm_faas.controller.metrics import Metrics
 from sllm_faas.controller.peers import Peer, Peers
 from sllm_faas.controller.routes import RouteTable
 from sllm_faas.controller.state import Machine
@@ -75,6 +76,7 @@ class Controller:
         self.life = secrets.token_hex(4)
         self.log = logging.get("controller")
         self.dropped: Counter[str] = Counter()
+        self.metrics = Metrics()
         self.storage_error = ""
         self.store = Store(config.db_path)
         self.bundles = Bundles(config.bundles_dir)
@@ -261,6 +263,7 @@ class Controller:
                 self.spawn(self._forget(app, numbers))
             case cmd.StartEnded():
                 self._learned = True
+                self.metrics.start_ended(command)
                 self.log.info(
                     "start ended",
                     instance=command.instance,
@@ -309,6 +312,7 @@ class Controller:
             self._gone(peer, orderly=False)
         for peer in self.peers:
             peer.send(_HEARTBEAT)
+        self.metrics.observe(self.machine.state, self.dropped)
 
     def _gone(self, peer: Peer, *, orderly: bool) -> None:
         self.peers.remove(peer)

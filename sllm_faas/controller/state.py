@@ -40,8 +40,8 @@ from typing import Any, cast
 
 import msgspec
 
-from sllm_faas.controller import events as ev
 from sllm_faas.controller import estimate, tables
+from sllm_faas.controller import events as ev
 from sllm_faas.controller.commands import (
     Advance,
     Command,
