@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sllm_faas import controller
 from sllm_faas.config import Config
 
 
