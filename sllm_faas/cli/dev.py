@@ -25,12 +25,13 @@ from sllm_faas.errors import SllmError
 @click.command()
 @click.argument("file", metavar="FILE[:APP]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the temporary platform.")
-@click.option("--once", is_flag=True, hidden=True)
 @client_command()
-def dev(session: Session, file: str, port: int | None, once: bool) -> None:
+def dev(session: Session, file: str, port: int | None) -> None:
     """Deploy the app of a Python file and again whenever its directory changes; show its logs."""
     import watchfiles
     from sllm._source import build, load_app
+
+    followed: set[str] = set()
 
     def deploy(api: Api) -> Path | None:
         """The directory to watch; None when not even that is known."""
@@ -40,24 +41,17 @@ def dev(session: Session, file: str, port: int | None, once: bool) -> None:
             root = loaded.root
             spec, bundle = build(loaded)
             report(api.server, spec, send(api, spec, bundle))
-            _follow(session_api, spec.name)
+            if spec.name not in followed:
+                followed.add(spec.name)
+                threading.Thread(target=_logs, args=(address, spec.name), daemon=True).start()
         except SllmError as error:
             show_error(error)
         return root
 
-    followed: set[str] = set()
-
-    def _follow(address: tuple[str, str], app: str) -> None:
-        if app not in followed:
-            followed.add(app)
-            threading.Thread(target=_logs, args=(address, app), daemon=True).start()
-
-    with _platform(session, port) as session_api, Api(*session_api) as api:
+    with _platform(session, port) as address, Api(*address) as api:
         root = deploy(api) or Path(file.partition(":")[0]).resolve().parent
-        if once:
-            return
         click.echo(output.style(f"Watching {root}; Ctrl-C ends.", dim=True), err=True)
-        for changes in watchfiles.watch(root, watch_filter=watchfiles.DefaultFilter(), raise_interrupt=True):
+        for changes in watchfiles.watch(root, raise_interrupt=True):
             changed = ", ".join(sorted({Path(name).name for _, name in changes})[:3])
             click.echo(output.style(f"{changed} changed.", dim=True), err=True)
             deploy(api)

@@ -54,15 +54,15 @@ def run(target: str, arguments: tuple[str, ...]) -> int:
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
 
-    def work(**values: Any) -> None:
+    try:
+        values = command(code).make_context(f"sllm run {file}::{name}", list(arguments)).params
+    except click.exceptions.Exit as done:  # --help
+        return done.exit_code
+    try:
         with LocalPlatform() as platform:
             platform.deploy(app)
             call(values)
-
-    known = command(code, work)
-    try:
-        known.main(list(arguments), prog_name=f"sllm run {file}::{name}", standalone_mode=False)
-    except (SllmError, click.ClickException, click.Abort):
+    except SllmError:
         raise
     except Exception as error:  # the user's own, as it was raised there
         trace = getattr(error, "remote_traceback", "") or format_traceback(error, str(loaded.root))
@@ -125,8 +125,10 @@ def show(value: Any) -> None:
 # -- options from a signature --------------------------------------------------------------------------------
 
 
-def command(code: Callable[..., Any], callback: Callable[..., None]) -> click.Command:
-    """A command with one option per parameter of `code`. Raises BadSpec for parameters that have no name."""
+def command(code: Callable[..., Any]) -> click.Command:
+    """A command, to parse with, that has one option per parameter of `code`.
+
+    Raises BadSpec for parameters that have no name."""
     try:
         hints = get_type_hints(code)
     except Exception:  # annotations that cannot be evaluated: all options are text
@@ -136,7 +138,7 @@ def command(code: Callable[..., Any], callback: Callable[..., None]) -> click.Co
         for parameter in inspect.signature(code).parameters.values()
         if parameter.name != "self"
     ]
-    return click.Command(None, params=list(options), callback=callback, help=inspect.getdoc(code))
+    return click.Command(None, params=list(options), help=inspect.getdoc(code))
 
 
 def _option(parameter: inspect.Parameter, hint: Any) -> click.Option:

@@ -17,13 +17,13 @@ from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.routes import RouteTable
 from sllm_faas.controller.state import Machine
-from sllm_faas.errors import SllmError, from_info, to_info
+from sllm_faas.errors import NotFound, SllmError, from_info, to_info
 from sllm_faas.spec import AppSpec, CheckpointSpec
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts, PeerGone
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.memory import MemoryBus
-from sllm_faas.wire.messages import Check, Checked, InstanceReport, NodeInfo, RoutesDelta, Start, Stop
+from sllm_faas.wire.messages import Check, Checked, InstanceReport, NodeInfo, Reply, RoutesDelta, Start, Stop
 
 ENDPOINT = "memory://controller"
 LIFE = "local"
@@ -156,6 +156,9 @@ class Control:
         frame = codec.decode(parts)
         if frame.header.type is Type.DEMAND:
             self.feed(ev.DemandSeen(self._gateway.decode(), frame.body.items))
+        elif frame.header.type is Type.REQUEST:
+            refusal = NotFound("a platform in one process has no administration", hint="Start one with `sllm up`.")
+            self._tell(codec.encode(Header(Type.REPLY, frame.header.id), Reply(error=to_info(refusal))))
 
     def _publish(self, delta: RoutesDelta) -> None:
         self._tell(codec.encode(Header(Type.ROUTES_DELTA), delta))

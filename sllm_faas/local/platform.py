@@ -18,11 +18,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sllm import App, Cls, Llm, _backend
 from sllm._runtime import Found
 from sllm_gateway.dispatcher import Dispatcher
+from sllm_gateway.handle import Handle
+
+if TYPE_CHECKING:
+    from sllm_faas.local.http import LocalHttp
 
 from sllm_faas.config import Config
 from sllm_faas.errors import CallerError, NotFound
@@ -49,6 +53,8 @@ class LocalPlatform:
         self._checkpoints = checkpoints
         self._apps: dict[str, App] = {}
         self._stack = contextlib.ExitStack()
+        self._http: LocalHttp | None = None
+        self._url = ""
 
     def __enter__(self) -> Self:
         _run(self._start)
@@ -71,11 +77,17 @@ class LocalPlatform:
             raise NotFound(f"there is no app {app!r}")
         _run(lambda: self.control.delete(app))
 
+    def http(self) -> str:
+        """Serve the HTTP interface too, until the end of the block; its URL. The way to call language models."""
+        if not self._url:
+            self._url = _backend.wait(_backend.submit(self._serve()))
+        return self._url
+
     # -- on the loop -----------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         bus = MemoryBus()
-        self.dispatcher = Dispatcher()
+        self.dispatcher = Dispatcher(on_ended=self._ended)
         self.backend = LocalBackend(self.dispatcher)
         to_controller = bus.dealer(control.ENDPOINT, GATEWAY, self._from_controller)
         to_node = bus.dealer(node.ENDPOINT, GATEWAY, lambda parts: self.dispatcher.on_invoker_message(node.NAME, parts))
@@ -88,6 +100,16 @@ class LocalPlatform:
         taken = self.dispatcher.on_controller_message(parts)
         assert taken, "the memory bus loses nothing, so the routes have no gap"
 
+    def _ended(self, handle: Handle) -> None:
+        if self._http is not None:
+            self._http.gateway.ended(handle)
+
+    async def _serve(self) -> str:
+        from sllm_faas.local.http import LocalHttp
+
+        self._http = LocalHttp(self.dispatcher)
+        return await self._http.start()
+
     async def _stop(self) -> None:
         for handle in self.dispatcher.handles():
             handle.cancel()
@@ -95,6 +117,8 @@ class LocalPlatform:
             self.control.delete(app)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.node.empty.wait(), STOP_LIMIT)
+        if self._http is not None:
+            await self._http.stop()
         self.dispatcher.close()
         self.control.close()
         self.node.close()

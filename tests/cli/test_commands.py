@@ -329,7 +329,7 @@ DONE = {"app": "demo", "version": 4, "unchanged": False, "seconds": 0.5}
 
 def test_deploy_uploads_what_is_missing_and_says_how_to_call_it(sllm: Run, fake: Any, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "shop.py").write_text(SOURCE)
+    (tmp_path / "source" / "kiosk.py").write_text(SOURCE)
 
     def deployed(asked: Any) -> Any:
         spec = json.loads(asked.body)["spec"]
@@ -345,11 +345,11 @@ def test_deploy_uploads_what_is_missing_and_says_how_to_call_it(sllm: Run, fake:
             return Answer(201, {}) if key.startswith("PUT /v1/bundles/") else super().get(key, default)
 
     fake.answers = Everything({**fake.answers, "POST /v1/apps/demo/deployments": deployed})
-    code, out, err = sllm("deploy", "source/shop.py")
+    code, out, err = sllm("deploy", "source/kiosk.py")
     assert code == 0, err
     assert out.splitlines()[0] == "Deployed demo version 4 in 500 ms."
     assert f"demo/square  POST {fake.url}/v1/functions/demo/square" in out
-    assert sllm("deploy", "source/shop.py")[0] == 0
+    assert sllm("deploy", "source/kiosk.py")[0] == 0
     assert [asked.method for asked in fake.asked].count("PUT") == 1
 
 
@@ -362,6 +362,38 @@ def test_a_failed_deploy_shows_the_users_traceback_and_exits_1(sllm: Run, fake: 
     assert (code, out) == (1, "")
     assert "File shop.py" in err
     assert "Install it." in err
+
+
+def test_dev_deploys_again_when_the_source_changes_and_survives_a_mistake(
+    sllm: Run, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").mkdir()
+    file = tmp_path / "source" / "stall.py"
+    file.write_text(SOURCE)
+    deployed: list[str] = []
+
+    def answer(asked: Any) -> Any:
+        deployed.append(json.loads(asked.body)["spec"]["functions"][0]["name"])
+        return events(("result", DONE))
+
+    class Everything(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return Answer(200) if key.startswith("HEAD /v1/bundles/") else super().get(key, default)
+
+    fake.answers = Everything({"POST /v1/apps/demo/deployments": answer, "GET /v1/logs": events()})
+
+    def watch(root: Path, **_: Any) -> Iterator[set[tuple[int, str]]]:
+        assert root == tmp_path / "source"
+        for text in (SOURCE.replace("square", "round"), "1 / 0\n", SOURCE.replace("square", "again")):
+            file.write_text(text)
+            yield {(2, str(file))}
+
+    monkeypatch.setattr("watchfiles.watch", watch)
+    code, _, err = sllm("dev", "source/stall.py", "--server", fake.url)
+    assert code == 0
+    assert deployed == ["square", "round", "again"]
+    assert "ZeroDivisionError" in err
+    assert err.count("stall.py changed.") == 3
 
 
 @pytest.mark.parametrize(
