@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ APPS = Path(__file__).parent / "apps"
 LIMIT = 30.0
 TERMINAL = (Type.DONE, Type.FAILED, Type.CANCELLED)
 FIRST = (Type.READY, Type.START_FAILED)
+_MAIN = "sllm_invoker.runner.main"
 _PRINT_SPECS = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -178,8 +181,8 @@ def specs(directory: Path = APPS) -> dict[str, FunctionSpec]:
 
 
 @contextmanager
-def started(config: InstanceConfig, directory: Path) -> Iterator[Runner]:
-    """A runner process with `config`; it writes its files to `directory`."""
+def started(config: InstanceConfig, directory: Path, *, module: str = _MAIN) -> Iterator[Runner]:
+    """A runner process with `config`, made by running `module`; its files are in `directory`."""
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.router_mandatory = True
@@ -187,13 +190,15 @@ def started(config: InstanceConfig, directory: Path) -> Iterator[Runner]:
     path = directory / f"{config.instance}.json"
     path.write_bytes(dumps(config))
     process = subprocess.Popen(
-        [sys.executable, "-m", "sllm_invoker.runner.main", str(path)],
+        [sys.executable, "-m", module, str(path)],
         pass_fds=() if config.lifeline < 0 else (config.lifeline,),
+        start_new_session=True,
     )
     try:
         yield Runner(socket, process)
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         socket.close(linger=0)
         context.term()

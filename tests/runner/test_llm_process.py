@@ -1,4 +1,4 @@
-"""A real language-model instance: a process, the counting model, the transformers engine."""
+"""A real language-model instance: forked from a template, with the counting model and the transformers engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counting() -> Iterator[Runner]:
             specs=(FunctionSpec("counting", "llm", methods=METHODS, checkpoint=CheckpointSpec("c"), concurrency=4),),
             object_dir=str(store.get("counting").directory),
         )
-        with started(config, directory) as runner:
+        with started(config, directory, module="tests.runner.forked") as runner:
             runner.ready()
             yield runner
 

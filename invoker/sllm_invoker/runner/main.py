@@ -14,15 +14,17 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sllm_faas.errors import WireError
 from sllm_faas.spec import Span, Timeline
 from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type, unpack
@@ -73,7 +75,7 @@ def _become(config: InstanceConfig) -> None:
         torch.manual_seed(random.getrandbits(63))
         torch.set_num_threads(cores)
     if config.scratch:
-        os.environ["TMPDIR"] = config.scratch
+        os.environ["TMPDIR"] = tempfile.tempdir = config.scratch
     if config.source_dir:
         sys.path.insert(0, config.source_dir)
         os.chdir(config.source_dir)
@@ -221,9 +223,10 @@ async def _awaited(awaitable: Any) -> Any:
 
 
 def _before_ready(parts: Parts) -> None:
-    """Nothing runs yet: SHUTDOWN ends the process, everything else waits for nothing."""
-    if unpack(parts[0]).type is Type.SHUTDOWN:
-        os._exit(EXIT_OK)
+    """Nothing runs yet: SHUTDOWN ends the process, and there is nothing else to be said to it."""
+    with suppress(WireError):
+        if unpack(parts[0]).type is Type.SHUTDOWN:
+            os._exit(EXIT_OK)
 
 
 def _private_memory_mb() -> int:
