@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Sequence
@@ -103,17 +104,37 @@ def end(config: Config, grace: float) -> int:
     Raises Conflict when one of them does not die."""
     there = marked(config)
     _signal(there, "terminate")
-    psutil.wait_procs(there, timeout=grace)
+    wait([process.pid for process in there], grace)
     left = marked(config)  # found afresh: a fork meanwhile is not in the earlier list
     for _ in range(3):
         if not left:
             break
         _signal(left, "kill")
-        psutil.wait_procs(left, timeout=2.0)
+        wait([process.pid for process in left], 2.0)
         left = marked(config)
     if left:
         raise Conflict(f"processes {[process.pid for process in left]} do not die", hint="Look at them with `ps`.")
     return len(there)
+
+
+def wait(pids: Sequence[int], timeout: float) -> bool:
+    """Whether all of them ended within `timeout` seconds. A zombie has ended, whenever its parent may notice."""
+    until = time.monotonic() + timeout
+    poller, waiting = select.poll(), set()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            waiting.add(pidfd := os.pidfd_open(pid))
+            poller.register(pidfd, select.POLLIN)
+    try:
+        while waiting and (left := until - time.monotonic()) >= 0:
+            for pidfd, _ in poller.poll(left * 1000):
+                poller.unregister(pidfd)
+                waiting.discard(pidfd)
+                os.close(pidfd)
+        return not waiting
+    finally:
+        for pidfd in waiting:
+            os.close(pidfd)
 
 
 def _signal(processes: Sequence[psutil.Process], verb: str) -> None:

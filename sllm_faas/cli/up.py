@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from sllm_faas import logging
 from sllm_faas.cli import output, processes
@@ -147,16 +148,12 @@ def _running_grace(config: Config) -> float:
 
 def _stop(pid: int, limit: float) -> bool:
     """SIGTERM and wait; SIGKILL after `limit` seconds. False when it had to be killed."""
-    try:
-        process = psutil.Process(pid)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=limit)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.TimeoutExpired:
-        process.kill()
-        process.wait(timeout=5.0)
-        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        if not processes.wait([pid], limit):
+            os.kill(pid, signal.SIGKILL)
+            processes.wait([pid], 5.0)
+            return False
     return True
 
 
