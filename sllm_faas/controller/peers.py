@@ -34,6 +34,7 @@ class Peers:
     _by_address: dict[tuple[Router, bytes], Peer] = field(default_factory=dict)
     _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict)
     _liveness: Liveness[Peer] = field(default_factory=Liveness)
+    _heard: dict[Peer, float] = field(default_factory=dict)
     _beaten: float = 0.0
 
     def add(self, peer: Peer, now: float) -> Peer | None:
@@ -44,6 +45,7 @@ class Peers:
         self._by_address[peer.router, peer.identity] = peer
         self._by_name[peer.role, peer.name] = peer
         self._liveness.heard(peer, now)
+        self._heard[peer] = now
         return before
 
     def remove(self, peer: Peer) -> None:
@@ -51,13 +53,19 @@ class Peers:
         if self._by_name.get((peer.role, peer.name)) is peer:
             del self._by_name[peer.role, peer.name]
         self._liveness.forget(peer)
+        self._heard.pop(peer, None)
 
     def heard(self, router: Router, identity: bytes, now: float) -> Peer | None:
         """The peer at that address, None when it is not known."""
         peer = self._by_address.get((router, identity))
         if peer is not None:
             self._liveness.heard(peer, now)
+            self._heard[peer] = now
         return peer
+
+    def alive(self, peer: Peer, now: float) -> bool:
+        """Whether it spoke so lately that another one of its name cannot be its next life."""
+        return now - self._heard.get(peer, now) < 2 * INTERVAL
 
     def get(self, role: str, name: str) -> Peer | None:
         return self._by_name.get((role, name))

@@ -11,6 +11,7 @@ Bad frames are counted by type and dropped. Who has no valid role for a frame is
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections import Counter
@@ -49,6 +50,7 @@ T = TypeVar("T")
 
 FLUSH = 1.0
 """Seconds for which events are gathered before they are written to the log."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEARTBEAT = [Header(Type.HEARTBEAT).pack()]
 _BYE = [Header(Type.BYE).pack()]
 _FROM = {
@@ -93,6 +95,7 @@ class Controller:
         self._flush_timer: asyncio.TimerHandle | None = None
         self._log_rows: list[tuple[float, str, bytes]] = []
         self._learned = False
+        self._stopping = False
         self._told: dict[tuple[Router, bytes], float] = {}
         """Strangers and when they were last told to say HELLO."""
 
@@ -131,6 +134,7 @@ class Controller:
 
     async def stop(self) -> None:
         """Tell the peers, write what is left of the log, close."""
+        self._stopping = True
         for peer in self.peers:
             peer.send(_BYE)
         for timer in (self._timer, self._beat_timer, self._flush_timer):
@@ -327,6 +331,16 @@ class Controller:
                 self.spawn(self._best_effort(lambda: self.store.save_node(peer.name, cordoned=cordoned, info=None)))
 
     def _on_message(self, router: Router, identity: bytes, parts: Parts) -> None:
+        """Never raises: an error of ours with one frame must not keep the socket's others from being read."""
+        if self._stopping:
+            return
+        try:
+            self._take(router, identity, parts)
+        except Exception:
+            self.dropped["error"] += 1
+            self.log.exception("frame not handled", kind=_kind_of(parts))
+
+    def _take(self, router: Router, identity: bytes, parts: Parts) -> None:
         try:
             frame = codec.decode(parts)
         except WireError as error:
@@ -360,19 +374,10 @@ class Controller:
         Peer("", "", "", identity, router).send(_BYE)
 
     def _on_hello(self, router: Router, identity: bytes, hello: Hello) -> None:
-        remote = router is not self._routers[0]
         node = hello.node
-        refusal = ""
-        if hello.role == "container" or (remote and hello.role != "invoker"):
-            refusal = f"role {hello.role} is not for this endpoint"
-        elif hello.role == "invoker" and (node is None or node.name != hello.name or not hello.name):
-            refusal = "an invoker names its node"
-        known = self.peers.get(hello.role, hello.name)
-        if known is not None and known.router is not router:
-            refusal = f"{hello.name} is connected by another way"
-        if refusal:
+        if refusal := self._refusal(router, hello):
             self.dropped["HELLO"] += 1
-            self.log.warning("hello refused", peer=hello.name, error=refusal)
+            self.log.warning("hello refused", peer=hello.name[:64], error=refusal)
             return
         peer = Peer(hello.role, hello.name, hello.life, identity, router)
         before = self.peers.add(peer, self.now())
@@ -390,6 +395,25 @@ class Controller:
             cordoned = node.name in self.admin.cordoned
             self.feed(ev.NodeUp(node, hello.life, hello.instances, cordoned))
             self.spawn(self._best_effort(lambda: self.store.save_node(node.name, cordoned=cordoned, info=node)))
+
+    def _refusal(self, router: Router, hello: Hello) -> str:
+        """Why this HELLO cannot be; empty when it can."""
+        node, remote = hello.node, router is not self._routers[0]
+        if not _NAME.fullmatch(hello.name) or not hello.life:
+            return "it has no name or no life; allowed: 1-64 letters, digits, '.', '_' and '-'"
+        if hello.role == "container" or (remote and hello.role != "invoker"):
+            return f"role {hello.role} is not for this endpoint"
+        if hello.role == "invoker" and (node is None or node.name != hello.name):
+            return "an invoker names its node"
+        if remote and node is not None and not (node.endpoint.startswith("tcp://") and node.curve_key):
+            return f"a node of another machine is reached by tcp:// and a key, not by {node.endpoint[:100]!r}"
+        known = self.peers.get(hello.role, hello.name)
+        if known is not None and known.router is not router:
+            return f"{hello.name} is connected by another way"
+        if remote and known is not None and known.life != hello.life and self.peers.alive(known, self.now()):
+            # Two machines of one name would throw each other out again and again.
+            return f"another node named {hello.name} is connected"
+        return ""
 
     def _on_frame(self, peer: Peer, frame: codec.Frame) -> None:
         body = frame.body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sllm_faas.wire.messages import Hello, NodeInfo
 from tests.controller.fakes import Gateway, Invoker
 
 WAIT = 10.0
+lives = (f"life-{number}" for number in itertools.count(1))
 
 
 async def handshake(endpoint: str, keys: CurveKeys | None, server_key: str) -> bool:
@@ -223,7 +225,8 @@ async def local(listening):
 
 @contextlib.contextmanager
 def joining(made: JoinToken, role=Invoker, name="node-9"):
-    peer = role(made.endpoint, role.__name__.lower(), name, keys=made.keys, server_key=made.server_key)
+    life = next(lives)
+    peer = role(made.endpoint, role.__name__.lower(), name, life, keys=made.keys, server_key=made.server_key)
     try:
         yield peer
     finally:
@@ -281,6 +284,29 @@ async def test_a_node_cannot_take_the_name_of_one_that_is_connected_otherwise(li
         posing.send(Type.HEARTBEAT)
         await posing.expect(Type.BYE)
     node.close()
+
+
+async def test_two_machines_of_one_name_do_not_throw_each_other_out(listening, local):
+    """The second one is refused while the first one speaks; its instances are not touched."""
+    made = JoinToken.decode((await local.call("join.create"))["token"])
+    with joining(made) as first, joining(made) as second:
+        first.send(Type.HELLO, hello("node-9"))
+        await first.expect(Type.WELCOME)
+        second.send(Type.HELLO, dataclasses.replace(hello("node-9"), life="life-2"))
+        second.send(Type.HEARTBEAT)
+        await second.expect(Type.BYE)
+        (node,) = (await local.call("node.list"))["nodes"]
+        assert node["life"] == "life-1"
+
+
+async def test_a_remote_node_that_names_a_local_socket_is_refused(listening, local):
+    made = JoinToken.decode((await local.call("join.create"))["token"])
+    with joining(made) as node:
+        bad = NodeInfo("node-9", "ipc:///etc/passwd", curve_key="k")
+        node.send(Type.HELLO, dataclasses.replace(hello("node-9"), node=bad))
+        node.send(Type.HEARTBEAT)
+        await node.expect(Type.BYE)
+    assert (await local.call("node.list"))["nodes"] == []
 
 
 async def test_a_platform_that_does_not_listen_makes_no_join_tokens(controller, gateway):
