@@ -21,9 +21,9 @@ from sllm_faas.wire.llm import LlmRequest
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Ids = Annotated[list[TokenId], Meta(min_length=1)]
 Stop = str | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=4)]
-Input = str | list[str] | list[TokenId] | list[list[TokenId]]
+Input = str | list[str | TokenId | list[TokenId]]
+"""One prompt as text or ids, or a list of prompts of one kind."""
 MAX_PROMPTS = 2048
 MAX_CHOICES = 2048
 
@@ -261,10 +261,13 @@ def parse_input(value: Input, param: str) -> tuple[str | tuple[int, ...], ...]:
         return (value,)
     if not value:
         raise BadRequest(f"{param} is an empty list; allowed: text, token ids, or a list of either.", param=param)
-    if all(isinstance(one, int) for one in value):
-        return (tuple(one for one in value if isinstance(one, int)),)
+    ids = [one for one in value if isinstance(one, int)]
+    if len(ids) == len(value):
+        return (tuple(ids),)
     if len(value) > MAX_PROMPTS:
         raise BadRequest(f"{param} has {len(value)} entries; allowed: {MAX_PROMPTS}.", param=param)
+    if len({type(one) for one in value}) > 1:
+        raise BadRequest(f"{param} mixes kinds; allowed: all text, all ids, or all lists of ids.", param=param)
     prompts: list[str | tuple[int, ...]] = []
     for at, one in enumerate(value):
         if isinstance(one, str):

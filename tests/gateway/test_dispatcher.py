@@ -1,0 +1,487 @@
+"""The dispatcher between recorded links, on a clock of its own: who runs where, and how everything ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sllm_gateway.dispatcher import Dispatcher
+from sllm_gateway.handle import Call, Handle
+
+from sllm_faas.dispatch.invocation import State
+from sllm_faas.errors import Cancelled, ErrorInfo, QueueFull, Unavailable, WorkerLost, to_info
+from sllm_faas.spec import FunctionSpec, MethodSpec, RetryPolicy, Target, Timeline, Timeouts
+from sllm_faas.wire import codec
+from sllm_faas.wire.bus import Parts, PeerGone
+from sllm_faas.wire.header import Header, Type
+from sllm_faas.wire.messages import (
+    Done,
+    Failed,
+    FunctionRoute,
+    Grant,
+    Refused,
+    Routes,
+    TargetDemand,
+)
+
+T = Target("app", "f", 1)
+
+
+class Wire:
+    """A link that keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[codec.Frame] = []
+        self.broken = False
+
+    def send(self, parts: Parts) -> None:
+        if self.broken:
+            raise PeerGone("broken")
+        self.sent.append(codec.decode(parts))
+
+    def of(self, kind: Type) -> list[codec.Frame]:
+        return [frame for frame in self.sent if frame.header.type is kind]
+
+
+class World:
+    def __init__(self, **options: Any) -> None:
+        self.now = 1000.0
+        self.ended: list[Handle] = []
+        self.dispatcher = Dispatcher(clock=lambda: self.now, on_ended=self.ended.append, **options)
+        self.node, self.controller = Wire(), Wire()
+        self.dispatcher.node_up("n", self.node)
+        self.dispatcher.controller_up(self.controller)
+        spec = FunctionSpec("f", "function", "m", "f", (MethodSpec("f"),))
+        table = Routes(1, tuple(FunctionRoute(app, 1, spec) for app in ("app", "other")))
+        self.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
+        self.calls = 0
+        self.seq = 0
+
+    def grant(self, limit: int = 1, number: int = 1, *, target: Target = T, state: Any = "ready", concurrency: int = 4):
+        self.seq += 1
+        body = Grant(f"i-{number}", target, limit, concurrency, "n", state, Timeline())
+        self.receive(Header(Type.GRANT, route=number, seq=self.seq), body)
+
+    def submit(self, *, target: Target = T, **more: Any) -> Handle:
+        self.calls += 1
+        return self.dispatcher.submit(Call(self.calls.to_bytes(16, "big"), target, "f", b"{}", **more))
+
+    def receive(self, header: Header, body: Any = None, node: str = "n") -> None:
+        self.dispatcher.on_invoker_message(node, codec.encode(header, body))
+        self.dispatcher.validate()
+
+    def reply(self, handle: Handle, kind: Type, body: Any = None, **header: Any) -> None:
+        header.setdefault("fence", handle.inv.fence)
+        self.receive(Header(kind, handle.inv.id, **header), body)
+
+    def done(self, handle: Handle, payload: bytes = b"1") -> None:
+        self.reply(handle, Type.DONE, Done(payload))
+
+    def output(self, handle: Handle, seq: int, *payloads: bytes, **header: Any) -> None:
+        self.reply(handle, Type.OUTPUT, list(payloads), seq=seq, items=len(payloads), **header)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.dispatcher.tick()
+        self.dispatcher.validate()
+
+    def invoked(self) -> list[bytes]:
+        return [frame.header.id for frame in self.node.of(Type.INVOKE)]
+
+    def demand(self) -> list[TargetDemand]:
+        return [item for frame in self.controller.of(Type.DEMAND) for item in frame.body.items]
+
+    def empty(self) -> None:
+        self.dispatcher.validate()
+        assert len(self.dispatcher) == 0
+        assert self.dispatcher.slots.in_flight() == 0
+        assert all(handle.ended is not None for handle in self.ended)
+        assert len(self.ended) == len({handle.inv.id for handle in self.ended})
+
+
+@pytest.fixture
+async def world() -> Any:
+    made = World()
+    yield made
+    made.dispatcher.close()
+
+
+async def test_with_a_slot_in_hand_a_call_is_dispatched_at_once(world: World) -> None:
+    world.grant(1)
+    handle = world.submit()
+    frame = world.node.of(Type.INVOKE)[0]
+    assert frame.header.route == 1
+    assert frame.header.fence == 1
+    world.done(handle, b"7")
+    assert (await handle.result()).payload == b"7"
+    world.empty()
+
+
+async def test_without_one_it_waits_demands_at_once_and_runs_in_order_when_slots_come(world: World) -> None:
+    first, second = world.submit(), world.submit()
+    assert world.controller.of(Type.DEMAND) == []
+    await asyncio.sleep(0)
+    assert [(item.waiting, item.running) for item in world.demand()] == [(2, 0)]
+    world.grant(1)
+    assert world.invoked() == [first.inv.id]
+    world.done(first)
+    assert world.invoked() == [first.inv.id, second.inv.id]
+    world.done(second)
+    world.empty()
+
+
+async def test_every_grant_is_answered_with_what_more_could_be_used(world: World) -> None:
+    for _ in range(6):
+        world.submit()
+    world.grant(1, concurrency=4)
+    answer = world.node.of(Type.WANT)[-1]
+    assert (answer.header.route, answer.header.seq, answer.body.slots) == (1, 1, 3)
+    world.grant(4, concurrency=4)
+    assert world.node.of(Type.WANT)[-1].body.slots == 0
+    world.submit()
+    world.grant(0, number=2, concurrency=4)
+    assert world.node.of(Type.WANT)[-1].body.slots == 3
+
+
+async def test_work_that_begins_to_wait_asks_the_instances_it_knows_for_slots(world: World) -> None:
+    world.grant(0, concurrency=2)
+    world.submit()
+    await asyncio.sleep(0)
+    assert world.node.of(Type.WANT)[-1].body.slots == 1
+
+
+async def test_outputs_come_in_batches_each_once_and_then_the_end(world: World) -> None:
+    world.grant(1)
+    handle = world.submit(stream=True)
+    world.output(handle, 0, b"a", b"b")
+    world.output(handle, 1, b"b", b"c")
+    world.output(handle, 0, b"a")
+    world.output(handle, 3, b"d", fence=0)
+    world.output(handle, 3, b"d", fence=9)
+    world.reply(handle, Type.DONE, Done(), seq=3)
+    assert [batch async for batch in handle.batches()] == [[b"a", b"b", b"c"]]
+    assert world.dispatcher.drops == {"duplicate": 1, "stale": 1, "forged": 1}
+    world.empty()
+
+
+async def test_a_gap_is_a_lost_worker_and_the_rest_is_cancelled(world: World) -> None:
+    world.grant(1)
+    handle = world.submit(stream=True)
+    world.output(handle, 0, b"a")
+    world.output(handle, 2, b"c")
+    ended = await handle.result()
+    assert ended.error is not None
+    assert ended.error.code == "worker_lost"
+    assert len(world.node.of(Type.CANCEL)) == 1
+    assert not world.dispatcher.slots.has_free(T), "the slot is free only when the code has stopped"
+    world.reply(handle, Type.CANCELLED)
+    assert world.dispatcher.slots.has_free(T)
+    world.empty()
+
+
+async def test_a_missing_tail_is_a_lost_worker_too(world: World) -> None:
+    world.grant(1)
+    handle = world.submit(stream=True)
+    world.reply(handle, Type.DONE, Done(), seq=2)
+    assert (await handle.result()).error is not None
+    world.empty()
+
+
+async def test_cancel_is_said_again_every_second_until_the_end_is_reported(world: World) -> None:
+    world.grant(1)
+    handle = world.submit()
+    handle.cancel()
+    handle.cancel()
+    assert (await handle.result()).error == to_info(Cancelled("The invocation was cancelled."))
+    assert len(world.node.of(Type.CANCEL)) == 1
+    world.pass_time(1.1)
+    world.pass_time(1.1)
+    assert len(world.node.of(Type.CANCEL)) == 3
+    world.reply(handle, Type.CANCELLED)
+    world.pass_time(5.0)
+    assert len(world.node.of(Type.CANCEL)) == 3
+    world.empty()
+
+
+async def test_cancelling_what_waits_sends_nothing(world: World) -> None:
+    handle = world.submit()
+    handle.cancel()
+    world.grant(1)
+    assert world.node.of(Type.CANCEL) == []
+    assert world.invoked() == []
+    world.empty()
+
+
+@pytest.mark.parametrize(
+    ("limits", "granted", "seconds", "phase"),
+    [
+        (Timeouts(startup=5.0), False, 5.1, "startup"),
+        (Timeouts(execution=5.0), True, 5.1, "execution"),
+        (Timeouts(first_output=2.0), True, 2.1, "first_output"),
+    ],
+)
+async def test_a_passed_limit_answers_the_caller_and_names_itself(
+    world: World, limits: Timeouts, granted: bool, seconds: float, phase: str
+) -> None:
+    if granted:
+        world.grant(1)
+    handle = world.submit(timeouts=limits)
+    world.pass_time(seconds - 0.5)
+    assert handle.ended is None
+    world.pass_time(0.5)
+    ended = await handle.result()
+    assert ended.error is not None
+    assert (ended.error.code, ended.error.param) == ("deadline_exceeded", phase)
+    assert len(world.node.of(Type.CANCEL)) == int(granted)
+
+
+async def test_queue_time_runs_only_while_an_instance_is_ready(world: World) -> None:
+    limits = Timeouts(queue=5.0, startup=10.0)
+    handle = world.submit(timeouts=limits)
+    world.pass_time(8.0)
+    world.grant(0)  # ready, but no slot for us
+    world.pass_time(4.0)
+    assert handle.ended is None
+    world.pass_time(1.1)
+    assert handle.ended is not None
+    assert handle.ended.error is not None
+    assert handle.ended.error.param == "queue"
+
+
+async def test_silence_between_outputs_is_limited_while_the_client_takes_them(world: World) -> None:
+    world.dispatcher.window = 2
+    world.grant(1)
+    handle = world.submit(stream=True, timeouts=Timeouts(idle=3.0, execution=None))
+    world.output(handle, 0, b"a", b"b")
+    world.pass_time(60.0)
+    assert handle.ended is None, "the client is slow, not the function"
+    assert await handle.batch() == [b"a", b"b"]
+    assert world.node.of(Type.CREDIT)[-1].header.credit == 4
+    world.pass_time(3.1)
+    assert handle.ended is not None
+    assert handle.ended.error is not None
+    assert handle.ended.error.param == "idle"
+
+
+async def test_more_than_the_credit_allows_breaks_the_stream(world: World) -> None:
+    world.dispatcher.window = 2
+    world.grant(1)
+    handle = world.submit(stream=True)
+    world.output(handle, 0, b"a", b"b", b"c")
+    assert handle.ended is not None
+    assert handle.ended.error is not None
+    assert "overrun" in handle.ended.error.message
+
+
+async def test_a_refused_call_goes_to_the_front_with_its_fence(world: World) -> None:
+    world.grant(1)
+    first, second = world.submit(), world.submit()
+    world.reply(first, Type.REFUSED, Refused("draining"))
+    assert list(world.dispatcher.queue.items(T)) == [first.inv, second.inv]
+    assert first.inv.fence == 1
+    world.grant(1, number=2)
+    assert world.invoked() == [first.inv.id, first.inv.id]
+    world.grant(2, number=2)
+    world.done(first)
+    world.done(second)
+    world.empty()
+
+
+async def test_a_lost_invoker_ends_what_ran_there_and_leaves_what_waits(world: World) -> None:
+    world.grant(1)
+    running, waiting = world.submit(), world.submit()
+    world.dispatcher.node_down("n")
+    assert running.ended is not None
+    assert running.ended.error is not None
+    assert running.ended.error.code == "worker_lost"
+    assert waiting.ended is None
+    world.node = Wire()
+    world.dispatcher.node_up("n", world.node)
+    world.grant(1)
+    assert world.invoked() == [waiting.inv.id]
+    world.done(waiting)
+    world.empty()
+
+
+async def test_a_broken_link_is_a_lost_invoker(world: World) -> None:
+    world.grant(1)
+    world.node.broken = True
+    handle = world.submit()
+    assert handle.ended is not None
+    assert handle.ended.error is not None
+    assert handle.ended.error.code == "worker_lost"
+    world.empty()
+
+
+async def test_a_failed_attempt_is_retried_under_a_new_fence_after_its_delay(world: World) -> None:
+    world.grant(1)
+    handle = world.submit(retries=RetryPolicy(1, initial_delay=2.0))
+    failed = Failed(ErrorInfo("function_error", "no luck"))
+    world.reply(handle, Type.FAILED, failed)
+    assert handle.ended is None
+    assert world.dispatcher.slots.has_free(T)
+    world.reply(handle, Type.DONE, Done(b"late"), fence=1)
+    assert handle.ended is None
+    world.pass_time(2.1)
+    assert [frame.header.fence for frame in world.node.of(Type.INVOKE)] == [1, 2]
+    world.reply(handle, Type.FAILED, failed)
+    assert handle.ended is not None
+    assert handle.ended.error == failed.error
+    world.empty()
+
+
+async def test_what_the_caller_did_wrong_is_not_retried(world: World) -> None:
+    world.grant(1)
+    handle = world.submit(retries=RetryPolicy(3))
+    world.reply(handle, Type.FAILED, Failed(ErrorInfo("bad_request", "no such argument", status=400)))
+    assert handle.ended is not None
+    world.empty()
+
+
+async def test_work_nobody_owns_is_told_to_stop(world: World) -> None:
+    world.receive(Header(Type.OUTPUT, b"x" * 16, 1, route=4, items=1), [b"1"])
+    assert world.node.of(Type.CANCEL)[0].header.id == b"x" * 16
+    world.receive(Header(Type.DONE, b"x" * 16, 1), Done())
+    assert world.dispatcher.drops["unknown_invocation"] == 2
+
+
+async def test_a_frame_from_another_node_is_not_believed(world: World) -> None:
+    world.grant(1)
+    handle = world.submit()
+    world.dispatcher.node_up("other", Wire())
+    world.receive(Header(Type.DONE, handle.inv.id, 1), Done(), node="other")
+    assert handle.ended is None
+    assert world.dispatcher.drops["stray"] == 1
+
+
+async def test_an_instance_that_stops_what_runs_is_a_lost_worker(world: World) -> None:
+    world.grant(1)
+    handle = world.submit()
+    world.reply(handle, Type.CANCELLED)
+    assert handle.ended is not None
+    assert handle.ended.error is not None
+    assert handle.ended.error.code == "worker_lost"
+
+
+async def test_waiting_calls_move_to_the_version_that_serves_and_end_when_it_is_deleted(world: World) -> None:
+    def route(version: int, *methods: str) -> FunctionRoute:
+        spec = FunctionSpec("f", "class", "m", "f", tuple(MethodSpec(name) for name in methods))
+        return FunctionRoute("app", version, spec)
+
+    def routes(seq: int, *functions: FunctionRoute) -> None:
+        world.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), Routes(seq, functions)))
+        world.dispatcher.validate()
+
+    routes(1, route(1, "f"))
+    first, second = world.submit(), world.submit()
+    routes(2, route(2, "f", "g"))
+    world.grant(1, target=Target("app", "f", 2))
+    assert world.invoked() == [first.inv.id]
+    routes(3, route(3, "g"))
+    assert second.ended is not None
+    assert second.ended.error is not None
+    assert second.ended.error.code == "not_found"
+    third = world.submit(target=Target("app", "f", 3))
+    routes(4)
+    assert third.ended is not None
+    world.done(first)
+    world.empty()
+
+
+async def test_the_whole_queues_loser_is_told_and_counted_once() -> None:
+    world = World(max_waiting=2)
+    flood = [world.submit() for _ in range(2)]
+    with pytest.raises(QueueFull):
+        world.submit()
+    world.submit(target=Target("other", "f", 1))
+    assert flood[1].ended is not None
+    assert flood[1].ended.error is not None
+    assert flood[1].ended.error.code == "queue_full"
+    world.dispatcher.validate()
+    world.dispatcher.close()
+
+
+async def test_a_controller_that_was_away_is_told_all_demand(world: World) -> None:
+    world.dispatcher.controller_down()
+    world.submit()
+    await asyncio.sleep(0)
+    assert world.demand() == []
+    world.dispatcher.controller_up(world.controller)
+    assert [(item.waiting, item.running) for item in world.demand()] == [(1, 0)]
+    with pytest.raises(Unavailable):
+        world.dispatcher.controller_down()
+        await world.dispatcher.controller.call("status", {})
+
+
+async def test_leaving_ends_everything_with_a_reason(world: World) -> None:
+    world.grant(1)
+    handles = [world.submit(), world.submit()]
+    world.dispatcher.abandon(Unavailable("The gateway was stopped."))
+    for handle in handles:
+        assert handle.ended is not None
+        assert handle.ended.error is not None
+        assert handle.ended.error.code == "unavailable"
+    assert handles[0].inv.state is State.CANCELLING
+    assert handles[1].inv.state is State.ENDED
+
+
+VERBS = ["submit", "stream", "done", "fail", "refuse", "output", "cancel", "cancelled", "grant", "time", "down", "take"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 7)), max_size=50))
+def test_whatever_happens_every_call_ends_once_and_no_slot_is_lost(steps: list[tuple[str, int]]) -> None:
+    async def scenario() -> None:
+        world = World()
+        handles: list[Handle] = []
+        limits = Timeouts(queue=9.0, startup=9.0, first_output=4.0, idle=4.0, execution=9.0)
+
+        def pick(number: int, *states: State) -> Handle | None:
+            found = [handle for handle in handles if handle.inv.state in states]
+            return found[number % len(found)] if found else None
+
+        running = (State.DISPATCHED, State.STREAMING, State.CANCELLING)
+        for verb, number in steps:
+            if verb in ("submit", "stream"):
+                retries = RetryPolicy(1, initial_delay=1.0)
+                handles.append(world.submit(stream=verb == "stream", timeouts=limits, retries=retries))
+            elif verb == "grant":
+                world.grant(number % 3, number=1 + number % 2)
+            elif verb == "time":
+                world.pass_time(number * 0.7)
+            elif verb == "down":
+                world.dispatcher.node_down("n")
+                world.dispatcher.node_up("n", world.node)
+            else:
+                handle = pick(number, *running)
+                if handle is None:
+                    continue
+                if verb == "done":
+                    world.done(handle)
+                elif verb == "fail":
+                    world.reply(handle, Type.FAILED, Failed(to_info(WorkerLost("gone"))))
+                elif verb == "refuse":
+                    world.reply(handle, Type.REFUSED, Refused("no_slot"))
+                elif verb == "output":
+                    world.output(handle, max(0, handle.inv.wanted - number % 3), b"x", b"y")
+                elif verb == "cancel":
+                    handle.cancel()
+                elif verb == "cancelled":
+                    world.reply(handle, Type.CANCELLED)
+                elif verb == "take" and handle.inv.wanted > handle.inv.consumed:
+                    await handle.batch()
+            world.dispatcher.validate()
+        for _ in range(6):
+            world.pass_time(10.0)
+            for handle in handles:
+                if handle.node:
+                    world.reply(handle, Type.CANCELLED)
+        for handle in handles:
+            assert handle.ended is not None
+        world.empty()
+        world.dispatcher.close()
+
+    asyncio.run(scenario())
