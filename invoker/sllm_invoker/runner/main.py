@@ -230,9 +230,9 @@ def _before_ready(parts: Parts) -> None:
 
 
 def _private_memory_mb() -> int:
-    """Resident memory that is not shared with the zygotes' files, MiB: resident minus file-backed pages."""
-    resident, shared = (int(field) for field in Path("/proc/self/statm").read_text().split()[1:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") // (1024 * 1024)
+    """Memory of this process alone, MiB: pages still shared with the zygote or with other instances are not its."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) // 1024
 
 
 if __name__ == "__main__":
