@@ -7,7 +7,6 @@ Standard library only, because `import sllm` needs it. Every type validates itse
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -281,11 +280,17 @@ def canonical(value: Any) -> str:
 
 def digest(data: bytes) -> str:
     """blake2b-256 as 64 hex digits: names bundles."""
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
+    return _blake2b(data, 32)
 
 
 def short_digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=4).hexdigest()
+    return _blake2b(data, 4)
+
+
+def _blake2b(data: bytes, size: int) -> str:
+    from hashlib import blake2b  # milliseconds that `import sllm` need not spend
+
+    return blake2b(data, digest_size=size).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ ROOTS = {
     "sllm_invoker": ROOT / "invoker/sllm_invoker",
 }
 GROUND = ("sllm_faas.errors", "sllm_faas.spec")
-SHARED = (*GROUND, "sllm_faas.wire", "sllm_faas.config", "sllm_faas.logging", "sllm_faas.bundle")
+LEAVES = ("sllm_faas.modules", "sllm_faas.imports", "sllm_faas.parameters", "sllm_faas.bundle", "sllm_faas.config")
+SHARED = (*GROUND, *LEAVES, "sllm_faas.logging", "sllm_faas.wire")
 
 # A room and what it may import of ours, longest prefix first. A room may always import itself.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.bundle": GROUND,
     "sllm_faas.config": GROUND,
     "sllm_faas.logging": (*GROUND, "sllm_faas.config"),
-    "sllm_faas.wire": GROUND,
+    "sllm_faas.modules": GROUND,
+    "sllm_faas.imports": (*GROUND, "sllm_faas.modules"),
+    "sllm_faas.parameters": GROUND,
+    "sllm_faas.wire": (*GROUND, "sllm_faas.modules"),
     "sllm_faas.dispatch": (*GROUND, "sllm_faas.wire"),
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),
     "sllm_gateway": (*SHARED, "sllm_faas.dispatch"),
@@ -35,7 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_invoker.runner": (*SHARED, "sllm_invoker.checkpoints", "sllm._runtime", "sllm._context"),
     "sllm_invoker": (*SHARED, "sllm_faas.dispatch"),
     "sllm.testing": ("sllm", "sllm_faas.local"),
-    "sllm": (*GROUND, "sllm_faas.bundle", "sllm_faas.wire.payload"),
+    "sllm": (*GROUND, *LEAVES, "sllm_faas.wire.payload", "sllm_faas.wire.exceptions"),
     "sllm_faas.local": ("sllm", "sllm_faas", "sllm_gateway", "sllm_invoker"),
     "sllm_faas.cli": ("sllm", "sllm_faas", "sllm_gateway", "sllm_invoker"),
 }
