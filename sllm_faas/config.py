@@ -86,7 +86,9 @@ class Config:
     port: int = _setting(8700, "port of the gateways", _between(1, 65535))
     gateways: int = _setting(1, "gateway processes sharing the port", _between(1, 64))
     invokers: int = _setting(1, "invokers on this machine", _between(0, 64))
-    listen: str = _setting("", "endpoint that nodes of other machines join, tcp://HOST:PORT", _listen)
+    listen: str = _setting(
+        "", "endpoint for other machines, tcp://HOST:PORT: nodes join there; a joined node is reached there", _listen
+    )
     memory_mb: int = _setting(0, "MiB for all functions of this machine; 0: 80 % of it", _memory)
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")

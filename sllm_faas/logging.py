@@ -32,7 +32,7 @@ MAX_TEXT = 16_384
 _HIDDEN_NAMES = frozenset(
     {"token", "authorization", "password", "secret", "secrets", "api_key", "prompt", "messages", "payload", "output"}
 )
-_HIDDEN_TEXT = re.compile(r"\bsllm_[A-Za-z0-9_-]{20,}|\bhf_[A-Za-z0-9]{20,}|(?i:bearer\s+)\S+")
+_HIDDEN_TEXT = re.compile(r"\bsllm(?:join)?_[A-Za-z0-9_-]{20,}|\bhf_[A-Za-z0-9]{20,}|(?i:bearer\s+)\S+")
 
 
 class Log:

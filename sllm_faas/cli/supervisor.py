@@ -178,22 +178,33 @@ class Supervisor:
         first, *rest = plan(self.config)
         for group in (first, [part for others in rest for part in others]):
             started = [self._start(part) for part in group]
-            waiting = asyncio.ensure_future(_all(child.ready for child in started))
-            stopped = asyncio.ensure_future(self._stop.wait())
-            await asyncio.wait({waiting, stopped}, timeout=self._ready_timeout, return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            waiting.cancel()
+            await self._ready(started)
             if self._stop.is_set():
                 return False
-            for child in started:
-                if not (child.ready.done() and child.ready.result()):
-                    raise _failed(child, self._ready_timeout)
         self._up = True
         for child in list(self._children.values()):
             if child.gone.is_set():  # it was ready, and died while others were not
                 self._restart(child.part)
         log.info("up", url=self.config.url)
         return True
+
+    async def _ready(self, started: list[Child]) -> None:
+        """All of them ready, or a signal to stop. Raises StartFailed for the first that died, or when time is up."""
+        until = time.monotonic() + self._ready_timeout
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        waiting = list(started)
+        try:
+            while waiting and not stopped.done():
+                pending = {stopped, *(child.ready for child in waiting)}
+                left = until - time.monotonic()
+                await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                dead = [child for child in waiting if child.ready.done() and not child.ready.result()]
+                waiting = [child for child in waiting if not child.ready.done()]
+                late = waiting if time.monotonic() >= until else []
+                if dead or late:
+                    raise _failed([*dead, *late][0], self._ready_timeout)
+        finally:
+            stopped.cancel()
 
     def _start(self, part: Part) -> Child:
         loop = asyncio.get_running_loop()
@@ -323,7 +334,7 @@ class Supervisor:
     async def _end(self, children: list[Child]) -> None:
         for child in children:
             child.process.terminate()
-        gone = asyncio.ensure_future(_all(child.gone.wait() for child in children))
+        gone = asyncio.ensure_future(_all_gone(children))
         hurry = asyncio.ensure_future(self._hurry.wait())
         limit = self.config.shutdown_grace + STOP_MARGIN
         await asyncio.wait({gone, hurry}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -354,8 +365,9 @@ class _Lines:
         """Nothing waits here."""
 
 
-async def _all(waits: Iterable[Any]) -> None:
-    await asyncio.gather(*waits)
+async def _all_gone(children: Iterable[Child]) -> None:
+    for child in children:
+        await child.gone.wait()
 
 
 def _environment(config: Config) -> dict[str, str]:

@@ -158,7 +158,7 @@ def _stop(pid: int, limit: float) -> bool:
 
 
 @click.command()
-@setting_options(without=("gateways", "invokers", "listen", "host", "port", "open_invoke", "max_body"))
+@setting_options(without=("gateways", "invokers", "host", "port", "open_invoke", "max_body"))
 @click.option("--join", required=True, metavar="TOKEN", help="Join token of the platform; '-' reads it from stdin.")
 @click.option("--daemon", is_flag=True, help="Return once it has joined; stop it with `sllm down`.")
 def invoker(join: str, daemon: bool, **flags: Any) -> None:

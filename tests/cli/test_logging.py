@@ -65,7 +65,9 @@ def test_what_is_secret_by_name_is_hidden(lines: io.StringIO, name: str) -> None
     assert "very private" not in lines.getvalue()
 
 
-@pytest.mark.parametrize("text", ["sllm_" + "a" * 43, "hf_" + "Z" * 30, "Authorization: Bearer abc.def"])
+@pytest.mark.parametrize(
+    "text", ["sllm_" + "a" * 43, "sllmjoin_" + "Qx-_" * 50, "hf_" + "Z" * 30, "Authorization: Bearer abc.def"]
+)
 def test_what_looks_like_a_token_is_hidden_wherever_it_is(lines: io.StringIO, text: str) -> None:
     logging.get("gateway").info("x", error=f"refused {text}!", items=[f"{text}"])
     stdlib.getLogger("uvicorn").error("it said %s", text)

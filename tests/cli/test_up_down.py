@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -240,3 +241,77 @@ def test_grandchildren_in_sessions_of_their_own_end_too(sllm: Sllm, config: Conf
     assert len(marked) == 6
     assert sllm("down") == 0
     assert gone(marked)
+
+
+# -- in the foreground ---------------------------------------------------------------------------------------
+
+
+class Foreground:
+    """`sllm up` as a person runs it, its output piped."""
+
+    def __init__(self, config: Config, ready_timeout: float = 30.0) -> None:
+        flags = ["--state-dir", str(config.state_dir), "--port", str(config.port), "--shutdown-grace", "5"]
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "stub_foreground.py"), str(ready_timeout), "up", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.banner = ""
+
+    def wait_until_up(self) -> None:
+        assert self.process.stderr is not None
+        self.banner = self.process.stderr.readline()
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, out, err
+
+
+@pytest.mark.usefixtures("sllm")
+def test_in_the_foreground_log_lines_are_shown_and_one_interrupt_stops_in_order(config: Config) -> None:
+    running = Foreground(config)
+    running.wait_until_up()
+    assert config.url in running.banner
+    running.process.send_signal(signal.SIGINT)
+    code, out, _ = running.end()
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["event"] for line in lines if line["component"] == "stub"].count("ready") == 3
+    assert [line["name"] for line in lines if line["event"] == "ended"] == ["gateway-0", "node-0", "controller"]
+    assert all(line.get("code") == 0 for line in lines if line["event"] == "ended")
+    assert processes.marked(config) == []
+
+
+@pytest.mark.usefixtures("sllm")
+def test_in_the_foreground_a_second_interrupt_stops_at_once(config: Config) -> None:
+    behave(config, gateway_0="deaf")
+    running = Foreground(config)
+    running.wait_until_up()
+    running.process.send_signal(signal.SIGINT)
+    until(lambda: any(line["event"] == "stopping" for line in log(config)))
+    running.process.send_signal(signal.SIGINT)
+    code, out, _ = running.end()
+    assert code == 0
+    assert '"event": "killing", "name": "gateway-0"' in out
+    assert processes.marked(config) == []
+
+
+@pytest.mark.usefixtures("sllm")
+def test_a_part_that_never_gets_ready_fails_up_in_time(config: Config) -> None:
+    behave(config, node_0="silent")
+    code, _, err = Foreground(config, ready_timeout=0.5).end()
+    assert code == 1
+    assert "node-0 was not ready within 0.5 s" in err
+    assert processes.marked(config) == []
+
+
+@pytest.mark.usefixtures("sllm")
+def test_an_interrupt_while_starting_stops_what_has_started(config: Config) -> None:
+    behave(config, controller="silent")
+    running = Foreground(config)
+    until(lambda: (config.state_dir / "starts.txt").exists())
+    running.process.send_signal(signal.SIGINT)
+    code, _, _ = running.end()
+    assert code == 0
+    assert processes.marked(config) == []
