@@ -11,15 +11,12 @@ from typing import cast
 
 from sllm_faas.controller import autoscale, estimate, tables
 from sllm_faas.controller.commands import (
-    Advance,
-    DeployEnded,
     SendStop,
     StartEnded,
-    StoreActivation,
-    StoreFailure,
 )
+from sllm_faas.controller.deployments import Deployments
 from sllm_faas.controller.ledger import Ledger
-from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord, Version, key_of
+from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord
 from sllm_faas.controller.scaling import Scaler, libs_of
 from sllm_faas.errors import ErrorInfo, StartFailed, to_info
 from sllm_faas.spec import Target
@@ -34,9 +31,10 @@ UNKNOWN_MEMORY = 256
 
 
 class Instances:
-    def __init__(self, ledger: Ledger, scaler: Scaler) -> None:
+    def __init__(self, ledger: Ledger, scaler: Scaler, deployments: Deployments) -> None:
         self.ledger = ledger
         self.scaler = scaler
+        self.deployments = deployments
         self.state = ledger.state
 
     # -- reports ---------------------------------------------------------------------------------------------
@@ -114,8 +112,8 @@ class Instances:
         if record.error is not None:
             record.error, record.failures, record.retry_at = None, 0, 0.0
         self._warm_layers(node, instance.target)
-        if instance.digest and instance.digest not in node.checkpoints:
-            bisect.insort(node.checkpoints, instance.digest)
+        if instance.digest:
+            self.ledger.note_checkpoint(node, instance.digest)
         if instance.adopted:
             return
         instance.actual = self.ledger.now - instance.asked
@@ -169,9 +167,7 @@ class Instances:
         record.error = error
         record.told = []
         self._hold_back(instance, autoscale.backoff(record.failures))
-        version = self.ledger.version(instance.target.app, instance.target.version)
-        if version is not None and version.state == "warming" and not version.storing:
-            self.fail_warming(version, error)
+        self.deployments.start_failed(instance.target, error)
 
     def _count_crash(self, instance: Instance) -> None:
         """It was ready and died. The first time it may come back at once; one that dies young again waits."""
@@ -206,44 +202,3 @@ class Instances:
         )
         self.state.history[function] = [entry, *self.state.history.get(function, [])][:RECORDS]
         self.ledger.emit(StartEnded(instance.id, instance.node, outcome, instance.predicted, actual))
-
-    # -- deployments that wait for their first instances -----------------------------------------------------
-
-    def check_warm(self, key: str) -> None:
-        """Called after a target was reconciled: it may have been the last its version waited for."""
-        record = self.state.targets.get(key)
-        if record is not None:
-            version = self.ledger.version(record.target.app, record.target.version)
-            if version is not None:
-                self.check_version_warm(version)
-
-    def check_version_warm(self, version: Version) -> None:
-        """Ask for the switch once every function with `min_containers` has an instance that is ready."""
-        if version.state != "warming" or version.storing:
-            return
-        for spec in version.spec.functions:
-            if spec.scaling.min_containers and not any(p.required for p in spec.parameters):
-                key = key_of(Target(version.app, spec.name, version.number))
-                record = self.state.targets.get(key)
-                if record is not None and record.error is not None and record.error.code == "no_capacity":
-                    self.fail_warming(version, record.error)
-                    return
-                if not any(instance.state == "ready" for instance in self.ledger.live(key)):
-                    return
-        version.storing = True
-        sizes = {digest: self.state.sizes.get(digest, 0) for digest in version.digests.values()}
-        self.ledger.emit(Advance(version.app, version.number, "switch", "switching to it"))
-        self.ledger.emit(StoreActivation(version.app, version.number, dict(version.digests), sizes))
-
-    def fail_warming(self, version: Version, error: ErrorInfo) -> None:
-        """Its first instance did not start: the deployment has failed, what serves goes on."""
-        name = f"version {version.app}@{version.number}"
-        after = tables.move(tables.VERSION, name, version.state, "failed")
-        assert after == "failed"
-        version.state, version.error = "failed", error
-        app = self.state.apps[version.app]
-        if app.pending == version.number:
-            app.pending = 0
-        self.ledger.dirty.update(k for k, record in self.state.targets.items() if record.target.app == app.name)
-        self.ledger.emit(StoreFailure(app.name, version.number, error))
-        self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))

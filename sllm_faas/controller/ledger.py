@@ -6,6 +6,7 @@ the indexes are exactly what a scan of the state would give.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Iterable
 from dataclasses import replace
@@ -214,6 +215,11 @@ class Ledger:
     def open_nodes(self) -> list[Node]:
         """Nodes that take new instances."""
         return [node for node in self.state.nodes.values() if node.state == "up" and not node.cordoned]
+
+    def note_checkpoint(self, node: Node, digest: str) -> None:
+        """It is on the node's disk."""
+        if digest not in node.checkpoints:
+            bisect.insort(node.checkpoints, digest)
 
     # -- checking --------------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class Controller:
             self.routes.set_node(node.info)
         self._listen(self.config.controller_endpoint, tcp=False)
         if self.config.listen:
-            self._admission = Admission(self.admin.admits)
+            self._admission = Admission(self.admin.access.admits)
             self._admission.start()
             self._listen(self.config.listen, tcp=True)
         self._beat()
@@ -385,7 +385,7 @@ class Controller:
             self.admin.peer_gone(before)
             if before.role == "gateway":
                 self.feed(ev.GatewayLost(before.name, before.life))
-        keys = self.admin.gateway_keys() if hello.role == "invoker" and self.config.listen else ()
+        keys = self.admin.access.gateway_keys() if hello.role == "invoker" and self.config.listen else ()
         peer.send(codec.encode(Header(Type.WELCOME), Welcome(self.name, self.life, INTERVAL, keys)))
         self.log.info("hello", peer=hello.name, role=hello.role, instances=len(hello.instances))
         if hello.role == "gateway":

@@ -34,7 +34,6 @@ A node (a lost one is kept for FORGET_NODE seconds, because gateways may still r
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -43,33 +42,21 @@ import msgspec
 from sllm_faas.controller import estimate, tables
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.commands import (
-    Advance,
     Command,
-    DeployEnded,
-    ForgetVersions,
-    PublishFunctions,
     PublishNode,
-    SendCheck,
-    StoreFailure,
     WithdrawNode,
 )
+from sllm_faas.controller.deployments import Deployments
 from sllm_faas.controller.instances import Instances
-from sllm_faas.controller.ledger import Ledger, resolve
+from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import App, Gateway, Node, NodeState, State, Version, VersionState
 from sllm_faas.controller.scaling import Scaler
-from sllm_faas.errors import Conflict, ErrorInfo, IllegalTransition, Unavailable, to_info
-from sllm_faas.spec import Target
-from sllm_faas.wire.messages import Check, FunctionRoute
+from sllm_faas.errors import IllegalTransition
+from sllm_faas.wire.messages import FunctionRoute
 
 FORGET_NODE = 60.0
 SETTLE = 3.0
 """Seconds after a restart in which nodes that were there may report before anything starts in their stead."""
-CHECK_WAIT = 30.0
-"""Seconds a check waits for a node to run on."""
-CHECK_LIMIT = 3600.0
-"""Seconds of a check: it may ingest a checkpoint of many gigabytes."""
-HISTORY = 20
-"""Versions kept per app."""
 
 
 class Machine:
@@ -78,7 +65,8 @@ class Machine:
         self.state = state or State(life)
         self.ledger = Ledger(self.state)
         self.scaler = Scaler(self.ledger)
-        self.instances = Instances(self.ledger, self.scaler)
+        self.deployments = Deployments(self.ledger)
+        self.instances = Instances(self.ledger, self.scaler, self.deployments)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Restored: self._restored,
             ev.VersionAdded: self._version_added,
@@ -138,7 +126,7 @@ class Machine:
             dirty, self.ledger.dirty = self.ledger.dirty, set()
             for key in sorted(dirty, key=self._urgency):
                 self.scaler.reconcile(key)
-                self.instances.check_warm(key)
+                self.deployments.check_warm(key)
         raise AssertionError("reconciliation does not settle")
 
     def _urgency(self, key: str) -> tuple[float, str]:
@@ -169,7 +157,7 @@ class Machine:
                 app, _, number = name.rpartition("|")
                 version = self.ledger.version(app, int(number))
                 if version is not None and version.state == "checking" and version.deadline <= self.ledger.now:
-                    self._check_too_late(version)
+                    self.deployments.give_up(version)
             else:
                 self.ledger.dirty.update(self.state.blocked)
 
@@ -206,173 +194,28 @@ class Machine:
             self.ledger.wake(self.state.settle_until, "settled|")
         for app in self.state.apps.values():
             if app.active:
-                self._keep_minimum(app.versions[app.active])
+                self.deployments.keep_minimum(app.versions[app.active])
 
     # -- deployments -----------------------------------------------------------------------------------------
 
     def _version_added(self, event: ev.VersionAdded) -> None:
-        app = self.state.apps.get(event.app)
-        known = app.versions.get(event.number) if app else None
-        name = f"version {event.app}@{event.number}"
-        state = cast(VersionState, tables.move(tables.VERSION, name, known.state if known else "absent", "added"))
-        if app is None:
-            app = self.state.apps[event.app] = App(event.app)
-        self._supersede(app, f"version {event.number}")
-        version = Version(
-            event.app, event.number, event.spec, state, event.created, deadline=self.ledger.now + CHECK_WAIT
-        )
-        app.versions[event.number] = version
-        app.pending = event.number
-        self._assign_check(version)
-
-    def _assign_check(self, version: Version) -> None:
-        """Hand the check to the node with the fewest instances; it waits when there is none."""
-        nodes = self.ledger.open_nodes() or [node for node in self.state.nodes.values() if node.state == "up"]
-        if not nodes:
-            version.check_node = ""
-            version.deadline = self.ledger.now + CHECK_WAIT
-            self.ledger.emit(Advance(version.app, version.number, "wait", "no node is up; waiting for one"))
-        else:
-            node = min(nodes, key=lambda node: (len(self.ledger.on_node(node.name)), node.name))
-            version.check_node = node.name
-            version.deadline = self.ledger.now + CHECK_LIMIT
-            self.ledger.emit(SendCheck(node.name, Check(version.spec, version.number)))
-            self.ledger.emit(Advance(version.app, version.number, "check", f"import check on {node.name}"))
-        self.ledger.wake(version.deadline, f"check|{version.app}|{version.number}")
-
-    def _reassign_checks(self, node: str | None) -> None:
-        """`node` is gone, or None: one has come, for the checks that wait."""
-        for _, version in list(self.ledger.versions()):
-            if version.state == "checking" and version.check_node == (node or ""):
-                self._assign_check(version)
-
-    def _check_too_late(self, version: Version) -> None:
-        if version.check_node:
-            text = f"the import check on {version.check_node} did not end within {CHECK_LIMIT:g} s"
-        else:
-            text = f"no node joined within {CHECK_WAIT:g} s to run the import check"
-        self._fail(version, "failed", to_info(Unavailable(text, hint="See `sllm node list`.")))
+        self.deployments.add(event)
 
     def _version_checked(self, event: ev.VersionChecked) -> None:
-        result = event.result
-        version = self.ledger.version(result.app, result.version)
-        if version is None or version.state != "checking" or version.check_node != event.node:
-            return  # a late answer: another node was asked since, or nobody wants it any more
-        if result.error is not None:
-            self._fail(version, "failed", result.error)
-            return
-        version.digests = dict(result.checkpoints)
-        self.state.sizes.update(result.sizes)
-        for digest in result.checkpoints.values():
-            self._note_checkpoint(self.state.nodes[event.node], digest)
-        app = self.state.apps[version.app]
-        active = app.versions.get(app.active)
-        if active is not None and active.spec == version.spec and active.digests == version.digests:
-            self._move_version(version, "unchanged")
-            del app.versions[version.number]
-            app.pending = 0
-            self.ledger.emit(ForgetVersions(app.name, (version.number,)))
-            self.ledger.emit(DeployEnded(app.name, version.number, active.number))
-            return
-        self._move_version(version, "passed")
-        version.check_node = ""
-        self._keep_minimum(version)
-        self.instances.check_version_warm(version)
-        if not version.storing:
-            self.ledger.emit(Advance(version.app, version.number, "start", "starting its first instances"))
-
-    def _keep_minimum(self, version: Version) -> None:
-        """Look after the functions that are to have instances without being called."""
-        for spec in version.spec.functions:
-            if spec.scaling.min_containers and not any(p.required for p in spec.parameters):
-                self.ledger.touch(Target(version.app, spec.name, version.number))
+        self.deployments.take_check(event)
 
     def _version_activated(self, event: ev.VersionActivated) -> None:
-        version = self.ledger.version(event.app, event.number)
-        name = f"version {event.app}@{event.number}"
-        state = tables.move(tables.VERSION, name, version.state if version else "absent", "activated")
-        assert version is not None
-        app = self.state.apps[event.app]
-        deployed = version.state == "warming"
-        if not deployed:
-            self._supersede(app, f"a rollback to version {event.number}")
-        version.state, version.storing, version.error = cast(VersionState, state), False, None
-        before = app.versions.get(app.active)
-        app.active = event.number
-        if app.pending == event.number:
-            app.pending = 0
-        gone = {spec.name for spec in before.spec.functions} if before else set()
-        gone -= {spec.name for spec in version.spec.functions}
-        self.ledger.emit(PublishFunctions(app.name, self.routes(app), tuple(sorted(gone))))
-        self._touch_app(app.name)
-        self._keep_minimum(version)
-        if deployed:
-            self.ledger.emit(DeployEnded(app.name, event.number, event.number))
-        self._trim_history(app)
+        self.deployments.activate(event.app, event.number)
 
     def _version_refused(self, event: ev.VersionRefused) -> None:
-        version = self.ledger.version(event.app, event.number)
-        if version is not None and version.storing:
-            version.storing = False
-            self._fail(version, "failed", event.error)
-
-    def _supersede(self, app: App, by: str) -> None:
-        version = app.versions.get(app.pending)
-        app.pending = 0
-        # One whose switch is with the store already is past recall: it will serve for a moment.
-        if version is not None and not version.storing:
-            error = Conflict(f"version {version.number} of {app.name} was superseded by {by} before it was ready")
-            self._fail(version, "superseded", to_info(error))
-
-    def _fail(self, version: Version, event: str, error: ErrorInfo) -> None:
-        """End a deployment; what serves goes on serving."""
-        self._move_version(version, event)
-        version.error, version.check_node, version.storing = error, "", False
-        app = self.state.apps[version.app]
-        if app.pending == version.number:
-            app.pending = 0
-        self._touch_app(app.name)
-        self.ledger.emit(StoreFailure(app.name, version.number, error))
-        self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))
-
-    def _move_version(self, version: Version, event: str) -> None:
-        name = f"version {version.app}@{version.number}"
-        version.state = cast(VersionState, tables.move(tables.VERSION, name, version.state, event))
-
-    def _trim_history(self, app: App) -> None:
-        used = {i.target.version for i in self.state.instances.values() if i.target.app == app.name}
-        old = sorted(set(app.versions) - {app.active, app.pending} - used)
-        forget = old[: max(0, len(app.versions) - HISTORY)]
-        for number in forget:
-            del app.versions[number]
-        if forget:
-            self.ledger.emit(ForgetVersions(app.name, tuple(forget)))
+        self.deployments.refuse(event.app, event.number, event.error)
 
     def _app_deleted(self, event: ev.AppDeleted) -> None:
-        app = self.state.apps.get(event.app)
-        if app is None:
-            raise IllegalTransition(f"app {event.app} is absent: event 'AppDeleted' is not possible")
-        self._supersede(app, "the deletion of the app")
-        active = app.versions.get(app.active)
-        del self.state.apps[event.app]
-        if active is not None:
-            self.ledger.emit(PublishFunctions(app.name, (), tuple(sorted(spec.name for spec in active.spec.functions))))
-        self._touch_app(app.name)
-
-    def _touch_app(self, app: str) -> None:
-        self.ledger.dirty.update(key for key, record in self.state.targets.items() if record.target.app == app)
+        self.deployments.delete(event.app)
 
     def routes(self, app: App) -> tuple[FunctionRoute, ...]:
         """What gateways are told of the app: its active version's functions."""
-        version = app.versions.get(app.active)
-        if version is None:
-            return ()
-        routes = []
-        for function in version.spec.functions:
-            spec = resolve(version, function.name)
-            assert spec is not None
-            routes.append(FunctionRoute(app.name, version.number, spec, version.spec.weight, version.created))
-        return tuple(routes)
+        return self.deployments.routes(app)
 
     # -- gateways --------------------------------------------------------------------------------------------
 
@@ -414,8 +257,8 @@ class Machine:
             self.ledger.emit(PublishNode(info))
         self.instances.take_reports(node, event.reports)
         # Its checks were running in vain when it is new; when it only missed us, asking twice does no harm.
-        self._reassign_checks(info.name)
-        self._reassign_checks(None)
+        self.deployments.reassign_checks(info.name)
+        self.deployments.reassign_checks(None)
         if all(known.state == "up" for known in self.state.nodes.values()):
             self.state.settle_until = 0.0
         self._room()
@@ -434,14 +277,14 @@ class Machine:
         node.since = self.ledger.now
         self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{node.name}")
         self.instances.lose_all(node)
-        self._reassign_checks(node.name)
+        self.deployments.reassign_checks(node.name)
 
     def _node_left(self, event: ev.NodeLeft) -> None:
         node = self._node(event.name, "bye")
         self._move_node(node, "bye")
         self.instances.lose_all(node)
         self._remove_node(node)
-        self._reassign_checks(node.name)
+        self.deployments.reassign_checks(node.name)
 
     def _remove_node(self, node: Node) -> None:
         del self.state.nodes[node.name]
@@ -464,12 +307,8 @@ class Machine:
         self._node(event.name, "stats").stats = event.stats
 
     def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:
-        self._note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
+        self.ledger.note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
         self.state.sizes[event.digest] = event.bytes
-
-    def _note_checkpoint(self, node: Node, digest: str) -> None:
-        if digest not in node.checkpoints:
-            bisect.insort(node.checkpoints, digest)
 
     def _move_node(self, node: Node, event: str) -> None:
         after = tables.move(tables.NODE, f"node {node.name}", node.state, event)

@@ -260,7 +260,7 @@ async def test_an_expired_token_is_good_only_for_the_node_that_used_it(listening
     used = JoinToken.decode((await local.call("join.create", expires_in=5.0))["token"])
     unused = JoinToken.decode((await local.call("join.create", expires_in=5.0))["token"])
     assert await handshake(used.endpoint, used.keys, used.server_key)
-    monkeypatch.setattr("sllm_faas.controller.admin.time.time", lambda: used.expires + 1)
+    monkeypatch.setattr("sllm_faas.controller.access.time.time", lambda: used.expires + 1)
     assert await handshake(used.endpoint, used.keys, used.server_key)
     assert not await handshake(unused.endpoint, unused.keys, unused.server_key)
 

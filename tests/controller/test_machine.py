@@ -136,6 +136,18 @@ def test_a_switch_that_is_with_the_store_is_not_superseded():
     assert made.machine.state.apps["app"].active == 2
 
 
+def test_a_deployment_ends_when_its_app_is_deleted_while_the_store_switches():
+    """Nobody is left waiting for an end that cannot come."""
+    made = world()
+    made.feed(ev.VersionAdded("app", 1, app()))
+    made.feed(ev.VersionChecked("node-0", Checked("app", 1)))
+    made.feed(ev.AppDeleted("app"))
+    (ended,) = made.sent(cmd.DeployEnded)
+    assert (ended.number, ended.error.code) == (1, "conflict")
+    settle(made)
+    assert "app" not in made.machine.state.apps
+
+
 def test_a_store_that_refuses_the_switch_fails_the_deployment():
     made = world()
     made.feed(ev.VersionAdded("app", 1, app()))

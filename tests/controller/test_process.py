@@ -64,6 +64,7 @@ def test_it_imports_no_torch_and_no_web_framework():
 
 
 PURE = [
+    "deployments",
     "state",
     "instances",
     "scaling",

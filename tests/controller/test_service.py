@@ -10,6 +10,7 @@ import pytest
 
 from sllm_faas.config import Config
 from sllm_faas.controller import events as ev
+from sllm_faas.controller import rpc
 from sllm_faas.controller.service import Controller
 from sllm_faas.controller.state import Machine
 from sllm_faas.errors import (
@@ -419,6 +420,12 @@ async def test_a_gateway_that_goes_away_is_left_out_of_the_answer(controller, ga
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
+
+
+async def test_every_operation_has_somebody_who_does_it(controller):
+    verbs = {"_op_" + op.replace(".", "_") for op in rpc.BODIES}
+    found = {name for owner in (controller.admin, controller.admin.access) for name in dir(owner)}
+    assert {name for name in found if name.startswith("_op_")} == verbs
 
 
 async def test_bad_operations_are_refused_by_name(controller, gateway):
