@@ -34,7 +34,10 @@ class RelayEvents:
 
     container: Callable[[bytes, Header, Parts], None]
     """A frame of a container that is not of an invocation: HELLO, READY, START_FAILED, LOG."""
-    request: Callable[[str, Request, Answer], None]
+    request: Callable[[bytes, Request, Answer], None]
+    """(id, request, answer) of a REQUEST."""
+    cancel: Callable[[bytes], bool]
+    """CANCEL of something that is no invocation; False when it is no request either."""
     kill: Callable[[int, str], None]
     drain: Callable[[int, str], None]
 
@@ -133,11 +136,13 @@ class Relay:
             return
         if kind is Type.WANT:
             self.core.want(peer, header, max(0, decode_body(kind, parts[0]).slots))
+        elif kind is Type.CANCEL and header.id not in self.core.flights and self._events.cancel(header.id):
+            return
         elif kind is Type.BYE:
             self._liveness.forget(peer)
             self._perform(self.core.gateway_left(peer, self._loop.time()))
         elif kind is Type.REQUEST:
-            self._events.request(peer.decode(errors="replace"), decode_body(kind, parts[0]), self._answer(peer, header))
+            self._events.request(header.id, decode_body(kind, parts[0]), self._answer(peer, header))
         else:
             self._perform(self.core.from_gateway(peer, header, parts, self._loop.time()))
 

@@ -1,0 +1,58 @@
+"""`python -m sllm_invoker --config FILE --name NODE`: the invoker's process.
+
+SIGTERM or SIGINT: an orderly stop within `shutdown_grace`; a second one: at once (the lifeline ends the containers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from sllm_faas import logging
+from sllm_faas.config import Config
+from sllm_faas.errors import SllmError
+from sllm_invoker.agent import Agent
+from sllm_invoker.containers.zygote import ENTRY
+
+
+async def _serve(config: Config, name: str) -> None:
+    agent = Agent(config, name, entry=os.environ.get("SLLM_RUNNER_ENTRY") or ENTRY)
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await agent.start()
+    logging.get("invoker").ready(node=name, endpoint=agent.relay.endpoint)
+    await stopping.wait()
+    await agent.stop(config.shutdown_grace)
+    logging.get("invoker").info("stopped", node=name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="sllm_invoker")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args()
+    try:
+        config = Config.read(options.config)
+        config.prepare()
+        logging.setup(config.log_level)
+        asyncio.run(_serve(config, options.name))
+    except SllmError as error:
+        logging.get("invoker").error("cannot_serve", code=error.code, error=error.message, hint=error.hint)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

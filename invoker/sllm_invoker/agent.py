@@ -1,0 +1,235 @@
+"""The invoker of one node: it puts the parts together, obeys the controller and reports facts.
+
+    controller ══ Uplink ══► agent ─┬─ Instances, Checks ── containers ── zygotes
+    gateways ═════ Relay ═══════════┤
+                                    └─ Ingests, Bundles, LogBook, Requests
+
+Decides nothing about placement or scaling. Invariants: this process imports no torch; whatever it started is dead when
+`stop` has returned, and whatever an earlier life left is dead before `start` begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+
+from sllm_faas import logging
+from sllm_faas.config import Config
+from sllm_faas.errors import SllmError, to_info
+from sllm_faas.wire.bus import CurveKeys, Parts
+from sllm_faas.wire.codec import Frame
+from sllm_faas.wire.curve import Admission, JoinToken
+from sllm_faas.wire.header import Header, Type
+from sllm_faas.wire.messages import (
+    BundleGet,
+    Checked,
+    Hello,
+    Ingest,
+    Ingested,
+    InstanceReport,
+    NodeInfo,
+    NodeStats,
+    Progress,
+    Request,
+    Welcome,
+)
+from sllm_invoker import node
+from sllm_invoker.bundles import Bundles
+from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.checks import Checks
+from sllm_invoker.containers import tree
+from sllm_invoker.containers.process import ProcessRuntime
+from sllm_invoker.containers.zygote import ENTRY, become_subreaper
+from sllm_invoker.ingests import Ingests
+from sllm_invoker.instances import Instances, Place
+from sllm_invoker.logs import LogBook
+from sllm_invoker.relay import Answer, Relay, RelayEvents, life
+from sllm_invoker.relay_core import RelayCore
+from sllm_invoker.requests import Requests
+from sllm_invoker.uplink import Uplink
+
+TICK = 1.0
+LEAVE = 0.1
+"""Seconds for the last frames to get out."""
+
+
+class Agent:
+    """`start` and `stop` are a pair, both on the event loop. `entry` is what a forked instance runs."""
+
+    def __init__(self, config: Config, name: str, *, entry: str = ENTRY) -> None:
+        self.config = config
+        self.name = name
+        self.life = life()
+        self.directory = config.node_dir(name)
+        self._entry = entry
+        self._log = logging.get("invoker").bind(node=name)
+        self._token = JoinToken.decode(config.join) if config.join else None
+        self._gateway_keys: frozenset[str] = frozenset()
+        self._admission: Admission | None = None
+        self._stats: NodeStats | None = None
+        self._digests: tuple[str, ...] = ()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Returns when the node serves; the controller may be there or come later."""
+        config, name = self.config, self.name
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        killed = await asyncio.to_thread(tree.reap, self.directory)
+        if killed:
+            self._log.warning("leftovers_killed", count=killed)
+        shutil.rmtree(self.directory / "scratch", ignore_errors=True)
+        become_subreaper()
+        self._loop = asyncio.get_running_loop()
+        self._tree = tree.Tree(self.directory)
+        self.runtime = ProcessRuntime(name, self._tree, entry=self._entry)
+        self.book = LogBook(config.logs_dir, name)
+        self.ingests = Ingests(CheckpointStore(config.checkpoints_dir), self._tree, self.directory)
+        self.bundles = Bundles(self.directory / "src", self._ask_bundle)
+        place = Place(
+            name, self.directory, config.secrets_dir, self.runtime, self.bundles, self.ingests, self.book,
+            config.node_memory_mb,
+        )  # fmt: skip
+        core = RelayCore(name, stream_window=config.stream_window, orphan_grace=config.orphan_grace)
+        events = RelayEvents(self._from_container, self._on_request, self._on_cancel, self._on_kill, self._on_drain)
+        self.relay = Relay(
+            core, self._endpoint(), config.container_endpoint(name), events, life=self.life, keys=self._keys()
+        )
+        self.instances = Instances(place, self.relay, self._report)
+        self.checks = Checks(place, self.relay.container_endpoint, self._checked, self._progress)
+        self.requests = Requests(self.book, self.ingests.store, self._digests_in_use)
+        self._digests = await asyncio.to_thread(self.ingests.digests)
+        await self.runtime.warm()
+        self.uplink = Uplink(
+            self._token.endpoint if self._token else config.controller_endpoint,
+            name,
+            self.life,
+            self._hello,
+            self._command,
+            self._welcomed,
+            keys=self._keys(),
+            server_key=self._token.server_key if self._token else "",
+        )
+        self._tick()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new work, give what runs `grace` seconds, then end everything."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.checks.close()
+        self.ingests.close()
+        await self.instances.close(grace)
+        self.requests.close()
+        self.relay.close()
+        self.uplink.close()
+        await self.runtime.close()
+        self.book.close()
+        await asyncio.sleep(LEAVE)
+        if self._admission is not None:
+            self._admission.stop()
+        (self.directory / "processes.json").unlink(missing_ok=True)
+
+    # -- endpoints -------------------------------------------------------------------------------------------
+
+    def _keys(self) -> CurveKeys | None:
+        return self._token.keys if self._token else None
+
+    def _endpoint(self) -> str:
+        """Where gateways connect: a socket beside the controller's, or this machine's address over TCP."""
+        if self._token is None:
+            return self.config.node_endpoint(self.name)
+        self._admission = Admission(lambda key: key in self._gateway_keys)
+        self._admission.start()
+        return f"tcp://{node.address_towards(self._token.endpoint)}:*"
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._gateway_keys = frozenset(welcome.gateway_keys)
+
+    # -- to the controller -----------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        info = NodeInfo(
+            self.name,
+            self.relay.endpoint,
+            self._token.public if self._token else "",
+            self.config.node_memory_mb,
+            node.cores(),
+            checkpoints=self._digests,
+        )
+        return Hello("invoker", self.name, self.life, os.getpid(), info, self.instances.reports())
+
+    def _report(self, report: InstanceReport) -> None:
+        self.uplink.send(Header(Type.INSTANCE), report)
+
+    def _checked(self, checked: Checked) -> None:
+        self._digests = tuple(sorted({*self._digests, *checked.checkpoints.values()}))
+        self.uplink.send(Header(Type.CHECKED), checked)
+
+    def _progress(self, progress: Progress) -> None:
+        self.uplink.send(Header(Type.PROGRESS), progress)
+
+    def _ask_bundle(self, wanted: BundleGet) -> bool:
+        return self.uplink.send(Header(Type.BUNDLE_GET), wanted)
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._tick)
+        self.runtime.tidy()
+        stats = node.stats(self.directory, self.config.node_memory_mb, len(self.instances))
+        if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
+            self._stats = stats
+
+    # -- from the controller ---------------------------------------------------------------------------------
+
+    def _command(self, frame: Frame) -> None:
+        match frame.header.type:
+            case Type.START:
+                self.instances.start(frame.body)
+            case Type.STOP:
+                if not self.instances.stop(frame.body):
+                    self._log.info("stop_of_unknown_instance", instance=frame.body.instance)
+            case Type.CHECK:
+                self.checks.check(frame.body)
+            case Type.INGEST:
+                task = self._loop.create_task(self._ingest(frame.body))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case Type.BUNDLE_PART if frame.buffers or not frame.body.total:
+                self.bundles.part(frame.body, frame.buffers[0] if frame.buffers else b"")
+            case _:
+                self.uplink.dropped += 1
+
+    async def _ingest(self, ingest: Ingest) -> None:
+        try:
+            digest, size = await self.ingests.bring(
+                ingest.checkpoint, ingest.name, lambda *step: self._progress(Progress(ingest.request, *step))
+            )
+            answer = Ingested(ingest.request, digest, size)
+            self._digests = tuple(sorted({*self._digests, digest}))
+        except (SllmError, OSError) as error:
+            answer = Ingested(ingest.request, error=to_info(error))
+        self.uplink.send(Header(Type.INGESTED), answer)
+
+    # -- from gateways and containers ------------------------------------------------------------------------
+
+    def _from_container(self, peer: bytes, header: Header, parts: Parts) -> None:
+        container = self.instances.container(peer) or self.checks.container(peer)
+        if container is None:
+            self.relay.core.dropped["unknown_container"] += 1
+        else:
+            container.on_frame(header, parts)
+
+    def _on_request(self, identity: bytes, request: Request, answer: Answer) -> None:
+        self.requests.on_request(identity, request, answer)
+
+    def _on_cancel(self, identity: bytes) -> bool:
+        return self.requests.cancel(identity)
+
+    def _on_kill(self, number: int, reason: str) -> None:
+        self.instances.kill(number, reason)
+
+    def _on_drain(self, number: int, reason: str) -> None:
+        self.instances.drain(number, reason)
+
+    def _digests_in_use(self) -> set[str]:
+        return self.instances.checkpoints()

@@ -1,0 +1,114 @@
+"""Import checks: does a version's code import, are its functions there, are its checkpoints here?
+
+The check runs in a container of its own that serves nothing and is thrown away. Single flight per version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from sllm_faas import logging
+from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, to_info
+from sllm_faas.spec import Target
+from sllm_faas.wire.messages import Check, Checked, Progress
+from sllm_invoker import secrets
+from sllm_invoker.containers.base import ContainerSpec
+from sllm_invoker.instances import Container, NotReady, Place, code_of
+from sllm_invoker.runner.config import InstanceConfig, dumps
+
+LIMIT = 300.0
+"""Seconds an import may take."""
+
+
+class Checks:
+    def __init__(
+        self, place: Place, endpoint: str, done: Callable[[Checked], None], progress: Callable[[Progress], None]
+    ) -> None:
+        self._place = place
+        self._endpoint = endpoint
+        self._done = done
+        self._progress = progress
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._containers: dict[bytes, Container] = {}
+        self._count = 0
+
+    def container(self, peer: bytes) -> Container | None:
+        return self._containers.get(peer)
+
+    def bundles(self) -> set[str]:
+        return {key.partition(" ")[2] for key in self._running}
+
+    def check(self, check: Check) -> None:
+        """Asked again for one that runs: there will be one answer."""
+        key = f"{check.app.name}@{check.version} {check.app.bundle}"
+        if key not in self._running:
+            task = asyncio.get_running_loop().create_task(self._run(check))
+            self._running[key] = task
+            task.add_done_callback(lambda _: self._running.pop(key, None))
+
+    async def _run(self, check: Check) -> None:
+        digests: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        error: ErrorInfo | None = None
+        try:
+            await self._checkpoints(check, digests, sizes)
+            if code_of(check.app.functions):
+                await self._import(check)
+        except NotReady as failed:
+            error = failed.error
+        except SllmError as failure:
+            error = to_info(failure)
+        except asyncio.CancelledError:
+            raise
+        except Exception as failure:
+            logging.get("invoker").exception("check_failed", app=check.app.name, version=check.version)
+            error = to_info(failure)
+        self._done(Checked(check.app.name, check.version, error, digests, sizes))
+
+    async def _checkpoints(self, check: Check, digests: dict[str, str], sizes: dict[str, int]) -> None:
+        request = f"{check.app.name}@{check.version}"
+        for spec in check.app.functions:
+            if spec.checkpoint is not None:
+                digest, size = await self._place.ingests.bring(
+                    spec.checkpoint, "", lambda *step: self._progress(Progress(request, *step))
+                )
+                digests[spec.name], sizes[digest] = digest, size
+
+    async def _import(self, check: Check) -> None:
+        place, specs = self._place, code_of(check.app.functions)
+        self._progress(Progress(f"{check.app.name}@{check.version}", "import"))
+        self._count += 1
+        name = f"check-{check.app.name}-{check.version}-{self._count}"
+        target = Target(check.app.name, specs[0].name, check.version)
+        container = self._containers[name.encode()] = Container(place, name, target)
+        try:
+            source = await place.bundles.get(check.app.bundle)
+            names = {secret for spec in specs for secret in spec.secrets}
+            config = InstanceConfig(
+                name,
+                self._endpoint,
+                target,
+                specs,
+                mode="check",
+                source_dir=str(source),
+                env=secrets.resolve(sorted(names), place.secrets_dir, os.environ),
+                node=place.node,
+                scratch=str(container.scratch),
+            )
+            libs = tuple(sorted({lib for spec in specs for lib in spec.libs}))
+            layers = replace(specs[0], libs=libs, checkpoint=None)
+            async with asyncio.timeout(LIMIT):
+                await container.start(ContainerSpec(name, dumps(config), layers))
+                await asyncio.shield(container.ready)
+        except TimeoutError:
+            raise StartFailed(f"the import of app {check.app.name!r} did not end within {LIMIT:g} s.") from None
+        finally:
+            await container.stop()
+            del self._containers[name.encode()]
+
+    def close(self) -> None:
+        for task in self._running.values():
+            task.cancel()

@@ -1,0 +1,208 @@
+"""Checkpoints on this node: present or brought here by an ingest process of its own, then read ahead.
+
+Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
+reports JSON lines. Invariant: one ingest per source at a time, however many ask; what a killed invoker left running is
+ended by its next life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
+from sllm_faas.spec import CheckpointSpec, Tier
+from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.containers.tree import Tree
+
+Report = Callable[[str, int, int], None]
+"""(stage, done, total)."""
+
+READ = 64 * 1024 * 1024
+"""Bytes per read: the GIL is contended for less often the larger it is."""
+RESIDENT = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """Where a checkpoint's bytes were, and how fast they came (0 where nothing had to be read)."""
+
+    tier: Tier
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        speed = f" {self.bytes / self.seconds / 1e9:.2f} GB/s" if self.tier == "disk" and self.seconds > 0 else ""
+        return f"tier={self.tier}{speed}"
+
+
+class Ingests:
+    def __init__(self, store: CheckpointStore, tree: Tree, scratch: Path) -> None:
+        self.store = store
+        self._tree = tree
+        self._scratch = scratch
+        self._running: dict[tuple[str, str, str], tuple[asyncio.Task[str], list[Report]]] = {}
+
+    def digests(self) -> tuple[str, ...]:
+        return tuple(entry.digest for entry in self.store.list())
+
+    async def bring(self, checkpoint: CheckpointSpec, name: str, report: Report) -> tuple[str, int]:
+        """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`.
+
+        Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
+        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype)
+        running = self._running.get(key)
+        if running is None:
+            reports = [report]
+            task = asyncio.get_running_loop().create_task(self._ingest(checkpoint, name or _name(checkpoint), reports))
+            self._running[key] = (task, reports)
+            task.add_done_callback(lambda _: self._running.pop(key, None))
+        else:
+            task, reports = running
+            reports.append(report)
+        digest = await asyncio.shield(task)
+        if name:
+            await asyncio.to_thread(self.store.set_ref, name, digest)
+        found = await asyncio.to_thread(self.store.get, digest)
+        return digest, found.manifest.total_bytes
+
+    async def ready(self, checkpoint: CheckpointSpec, report: Report) -> Path:
+        """The verified object's directory; its source is ingested when this node has not got it yet.
+
+        Raises CheckpointUnavailable, CheckpointCorrupt …"""
+        digest = checkpoint.digest
+        if not digest:
+            digest, _ = await self.bring(checkpoint, "", report)
+        elif not self.store.path(digest).is_dir():
+            found, _ = await self.bring(checkpoint, "", report)
+            if found != digest:
+                raise CheckpointUnavailable(
+                    f"{checkpoint.source!r} is {found[:12]} on this node, and the version needs {digest[:12]}.",
+                    hint="The source has changed; deploy again, or give a revision.",
+                )
+        return (await asyncio.to_thread(self.store.ensure_verified, digest)).directory
+
+    async def _ingest(self, checkpoint: CheckpointSpec, name: str, reports: list[Report]) -> str:
+        command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
+        command += ["--source", checkpoint.source, "--name", name]
+        command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype]
+        process = subprocess.Popen(  # noqa: ASYNC220 - a fork, so that no sweep sees it before the tree knows it
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=self._scratch,
+            start_new_session=True,
+        )
+        self._tree.add(process.pid)
+        assert process.stdout is not None
+        answer: dict[str, Any] = {}
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=1 << 20)
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
+        try:
+            async for line in reader:
+                with contextlib.suppress(ValueError):
+                    message = json.loads(line)
+                    if "stage" in message:
+                        for report in reports:
+                            report(message["stage"], message["done"], message["total"])
+                    else:
+                        answer = message
+        finally:
+            transport.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = await asyncio.to_thread(process.wait)
+            self._tree.remove(process.pid)
+        if "result" in answer:
+            return str(answer["result"]["digest"])
+        if "error" in answer:
+            raise from_info(msgspec.convert(answer["error"], ErrorInfo))
+        raise CheckpointError(
+            f"the ingest of {checkpoint.source!r} ended with status {status} and no answer.",
+            hint="Was there enough memory? The kernel's log shows processes killed for it.",
+        )
+
+    def close(self) -> None:
+        for task, _ in self._running.values():
+            task.cancel()
+
+
+def read_ahead(directory: Path) -> ReadAhead:
+    """Have the parts of an object in the page cache. Blocks: call it in a thread, beside the container's start."""
+    began = time.perf_counter()
+    size, missing = 0, 0
+    try:
+        for path in sorted(directory.glob("*.safetensors")):
+            length = path.stat().st_size
+            size += length
+            if length and _resident(path, length) < RESIDENT:
+                missing += length
+                _read(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory.name[:12]} cannot be read: {error.strerror}.") from error
+    return ReadAhead("disk" if missing else "dram", missing, time.perf_counter() - began)
+
+
+def _read(path: Path) -> None:
+    buffer = mmap.mmap(-1, READ)
+    with buffer, path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while file.readinto(buffer):
+            pass
+
+
+def _resident(path: Path, length: int) -> float:
+    """The fraction of the file that is in the page cache."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    pages = -(-length // mmap.PAGESIZE)
+    vector = (ctypes.c_ubyte * pages)()
+    first = ctypes.c_char.from_buffer(mapped)
+    try:
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), vector
+        )
+    finally:
+        del first
+        mapped.close()
+    return 0.0 if failed else bytes(vector).count(1) / pages
+
+
+def _name(checkpoint: CheckpointSpec) -> str:
+    """A ref name from a source: its last two parts for a repo id, the directory's name otherwise."""
+    parts = [re.sub(r"[^A-Za-z0-9._-]", "-", part).strip("-._") for part in checkpoint.source.split("/")]
+    parts = [part[:96] for part in parts if part]
+    if not parts:
+        return "checkpoint"
+    return parts[-1] if checkpoint.source.startswith(("/", ".", "~")) else "/".join(parts[-2:])
+
+
+def listing(store: CheckpointStore) -> list[dict[str, Any]]:
+    """What `checkpoint.list` answers."""
+    return [
+        {
+            "digest": entry.digest,
+            "names": list(entry.refs),
+            "bytes": entry.manifest.total_bytes,
+            "pinned": entry.pinned,
+            "source": entry.manifest.source.name,
+        }
+        for entry in store.list()
+    ]

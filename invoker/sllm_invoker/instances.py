@@ -1,0 +1,408 @@
+"""The instances of a node, each from START to its end.
+
+    starting ── READY ──► ready ── STOP ──► draining ──► stopped
+        └── START_FAILED, death, too slow ──► failed ◄── death ──┘
+
+A start does everything at once that can be done at once: the bundle is fetched, the checkpoint verified and read
+ahead, and the zygotes' layers made, side by side. Invariants: every change is reported (`report`); an instance is
+reported stopped or failed only after nothing of its process tree is alive, and its slots are gone by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sllm_faas import logging
+from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, WorkerLost, to_info
+from sllm_faas.spec import FunctionSpec, Span, Target, Timeline
+from sllm_faas.wire.bus import Parts
+from sllm_faas.wire.codec import decode_body, encode
+from sllm_faas.wire.header import Header, Type
+from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Start, Stop
+from sllm_invoker import ingests, secrets
+from sllm_invoker.bundles import Bundles
+from sllm_invoker.containers.base import ContainerSpec, Event, Exited, Handle, Output, Runtime
+from sllm_invoker.ingests import Ingests
+from sllm_invoker.logs import LogBook, Source
+from sllm_invoker.relay import Relay
+from sllm_invoker.relay_core import Instance
+from sllm_invoker.runner.config import InstanceConfig, dumps
+
+STARTUP = 600.0
+"""Seconds to become ready, where the function does not say."""
+EXIT_GRACE = 1.0
+"""Seconds between the last output of a container that was told to leave and SIGKILL."""
+LIMIT_FACTOR = 4
+LIMIT_FLOOR_MB = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What every instance of the node shares."""
+
+    node: str
+    directory: Path
+    secrets_dir: Path
+    runtime: Runtime
+    bundles: Bundles
+    ingests: Ingests
+    book: LogBook
+    memory_mb: int
+    """MiB of the node for all instances; one may at most use that."""
+
+
+class Container:
+    """One process tree and what its link says: the common part of instances and checks.
+
+    `started` resolves at READY, or raises what kept it from being ready."""
+
+    def __init__(self, place: Place, name: str, target: Target) -> None:
+        self.place = place
+        self.name = name
+        self.log: Source = place.book.source(name, target)
+        self.handle: Handle | None = None
+        self.ended: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[Timeline] = asyncio.get_running_loop().create_future()
+        self.scratch = place.directory / "scratch" / name
+
+    async def start(self, spec: ContainerSpec) -> Handle:
+        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.handle = await self.place.runtime.start(spec, self._on_event)
+        return self.handle
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Output):
+            self.log.feed(event.stream, event.data)
+            return
+        self.log.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if not self.ready.done():
+            self.fail(to_info(StartFailed(f"the container ended {event} before it was ready.")))
+        if not self.ended.done():
+            self.ended.set_result(event)
+
+    def fail(self, error: ErrorInfo, timeline: Timeline | None = None) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(NotReady(error, timeline or Timeline()))
+            self.ready.exception()  # whoever awaits it gets it; nobody need
+
+    def on_frame(self, header: Header, parts: Parts) -> None:
+        """A frame of its link that is not of an invocation. Raises WireError."""
+        body = decode_body(header.type, parts[0])
+        match header.type:
+            case Type.LOG:
+                self.log.records(body.records)
+            case Type.READY:
+                if not self.ready.done():
+                    self.ready.set_result(body.timeline)
+            case Type.START_FAILED:
+                self.fail(body.error, body.timeline)
+            case _:
+                pass  # HELLO, BYE: the process is watched by its pidfd
+
+    async def stop(self, grace: float = 0.0) -> None:
+        if self.handle is not None:
+            await self.handle.stop(grace)
+
+
+class NotReady(Exception):
+    """A container did not start; `error` says why."""
+
+    def __init__(self, error: ErrorInfo, timeline: Timeline) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.timeline = timeline
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One instance. `work` runs its start, then its stop."""
+
+    start: Start
+    number: int
+    container: Container
+    began: float
+    state: InstanceState = "starting"
+    spans: list[Span] = field(default_factory=list)
+    error: ErrorInfo | None = None
+    work: asyncio.Task[None] | None = None
+    stopping: asyncio.Task[None] | None = None
+
+    @property
+    def peer(self) -> bytes:
+        return self.start.instance.encode()
+
+
+class Instances:
+    def __init__(self, place: Place, relay: Relay, report: Callable[[InstanceReport], None]) -> None:
+        self._place = place
+        self._relay = relay
+        self._report = report
+        self._log = logging.get("invoker").bind(node=place.node)
+        self._loop = asyncio.get_running_loop()
+        self._entries: dict[str, Entry] = {}
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def reports(self) -> tuple[InstanceReport, ...]:
+        return tuple(self._describe(entry) for entry in self._entries.values())
+
+    def bundles(self) -> set[str]:
+        return {entry.start.bundle for entry in self._entries.values()}
+
+    def checkpoints(self) -> set[str]:
+        return {entry.start.spec.checkpoint.digest for entry in self._entries.values() if entry.start.spec.checkpoint}
+
+    def container(self, peer: bytes) -> Container | None:
+        entry = self._entries.get(peer.decode(errors="replace"))
+        return entry.container if entry else None
+
+    # -- start -----------------------------------------------------------------------------------------------
+
+    def start(self, start: Start) -> None:
+        """START again for one that exists is answered by its report."""
+        known = self._entries.get(start.instance)
+        if known is not None:
+            self._report(self._describe(known))
+            return
+        self._numbers += 1
+        container = Container(self._place, start.instance, start.target)
+        entry = Entry(start, self._numbers, container, time.time())
+        self._entries[start.instance] = entry
+        spec = start.spec
+        self._relay.add(
+            Instance(
+                entry.number, start.instance, entry.peer, start.target, spec.concurrency, spec.timeouts.execution,
+                spec.cancel_grace, why=start.why,
+            )
+        )  # fmt: skip
+        self._report(self._describe(entry))
+        entry.work = self._loop.create_task(self._run(entry))
+
+    async def _run(self, entry: Entry) -> None:
+        limit = entry.start.spec.timeouts.startup or STARTUP
+        error: ErrorInfo | None = None
+        try:
+            async with asyncio.timeout(limit):
+                await self._become_ready(entry)
+        except NotReady as failed:
+            error = failed.error
+            entry.spans += self._shifted(entry, failed.timeline)
+        except TimeoutError:
+            error = to_info(
+                StartFailed(
+                    f"{entry.start.target} was not ready within {limit:g} s.",
+                    hint="Its log shows how far it came; timeouts.startup allows more.",
+                )
+            )
+        except SllmError as failure:
+            error = to_info(failure)
+        except asyncio.CancelledError:
+            if entry.stopping is None:
+                raise
+        except Exception as failure:
+            self._log.exception("start_failed", instance=entry.start.instance)
+            error = to_info(failure)
+        if error is not None or entry.container.handle is None:
+            await self._end(entry, "stopped" if error is None else "failed", error)
+            return
+        ended = await entry.container.ended
+        if entry.state == "draining":
+            await self._end(entry, "stopped", None)
+        else:
+            await self._end(
+                entry, "failed", to_info(WorkerLost(f"the container of {entry.start.target} ended {ended}."))
+            )
+
+    async def _become_ready(self, entry: Entry) -> None:
+        start, place = entry.start, self._place
+        env = secrets.resolve(start.spec.secrets, place.secrets_dir, os.environ)
+        source_dir, object_dir = await asyncio.gather(self._source(entry), self._checkpoint(entry))
+        reading = asyncio.create_task(self._read_ahead(entry, object_dir))
+        try:
+            config = InstanceConfig(
+                start.instance,
+                self._relay.container_endpoint,
+                start.target,
+                (start.spec,),
+                number=entry.number,
+                source_dir=source_dir,
+                object_dir=object_dir,
+                env=env,
+                node=place.node,
+                scratch=str(entry.container.scratch),
+            )
+            limit = min(place.memory_mb, max(LIMIT_FLOOR_MB, LIMIT_FACTOR * start.spec.memory_mb))
+            spec = ContainerSpec(start.instance, dumps(config), start.spec, object_dir, limit)
+            at = self._since(entry)
+            handle = await entry.container.start(spec)
+            self._span(entry, "fork", at, f"from {handle.warmth}")
+            self._report(self._describe(entry))
+            timeline = await asyncio.shield(entry.container.ready)
+            await reading
+        finally:
+            reading.cancel()
+        entry.spans += self._shifted(entry, timeline)
+        entry.spans.sort(key=lambda span: span.start)
+        if entry.state == "starting":
+            entry.state = "ready"
+            self._relay.ready(entry.number, self._timeline(entry))
+            report = self._describe(entry)
+            self._report(report)
+            self._log.info(
+                "instance_ready", app=start.target.app, function=start.target.function, version=start.target.version,
+                instance=start.instance, warmth=report.warmth, predicted=start.predicted,
+                actual=round(self._since(entry), 4),
+            )  # fmt: skip
+
+    async def _source(self, entry: Entry) -> str:
+        if not entry.start.bundle or entry.start.spec.kind == "llm":
+            return ""
+        at = self._since(entry)
+        path = await self._place.bundles.get(entry.start.bundle, self.bundles())
+        self._span(entry, "bundle", at)
+        return str(path)
+
+    async def _checkpoint(self, entry: Entry) -> str:
+        checkpoint = entry.start.spec.checkpoint
+        if checkpoint is None:
+            return ""
+        at = self._since(entry)
+        directory = await self._place.ingests.ready(checkpoint, lambda *_: None)
+        self._span(entry, "verify", at)
+        return str(directory)
+
+    async def _read_ahead(self, entry: Entry, object_dir: str) -> None:
+        if object_dir:
+            at = self._since(entry)
+            found = await asyncio.to_thread(ingests.read_ahead, Path(object_dir))
+            self._span(entry, "checkpoint", at, str(found))
+
+    # -- stop ------------------------------------------------------------------------------------------------
+
+    def stop(self, stop: Stop) -> bool:
+        """STOP; False for an instance that is not here (any more)."""
+        entry = self._entries.get(stop.instance)
+        if entry is not None and entry.stopping is None:
+            entry.stopping = self._loop.create_task(self._stop(entry, stop.drain))
+        return entry is not None
+
+    def kill(self, number: int, reason: str) -> None:
+        """The relay asks for it: code in there does not end by itself."""
+        entry = self._of(number)
+        if entry is not None:
+            entry.container.log.platform(f"killed: {reason}", "warning")
+            self._log.warning("instance_killed", instance=entry.start.instance, reason=reason)
+            self._drain(entry)
+            self._hold(entry, self._loop.create_task(entry.container.stop()))
+
+    def drain(self, number: int, reason: str) -> None:
+        """The relay gives it no more work; it will be killed when what runs has ended."""
+        entry = self._of(number)
+        if entry is not None:
+            entry.container.log.platform(f"takes nothing new: {reason}", "warning")
+            self._drain(entry)
+
+    def _hold(self, entry: Entry, task: asyncio.Task[None]) -> None:
+        if entry.stopping is None:
+            entry.stopping = task
+
+    def _drain(self, entry: Entry) -> None:
+        if entry.state in ("starting", "ready"):
+            entry.state = "draining"
+            self._relay.drain(entry.number)
+            self._report(self._describe(entry))
+
+    async def _stop(self, entry: Entry, drain: float | None) -> None:
+        container = entry.container
+        waiting = entry.state == "starting"
+        self._drain(entry)
+        if container.handle is None:
+            assert entry.work is not None
+            entry.work.cancel()
+            return
+        if waiting and not container.ready.done():
+            await container.stop()
+            return
+        self._relay.send_container(entry.peer, encode(Header(Type.SHUTDOWN), Shutdown(drain)))
+        if not await self._ends(entry, drain):
+            self._relay.cancel_all(entry.number)
+            await self._ends(entry, entry.start.spec.cancel_grace + EXIT_GRACE)
+        await container.stop()
+
+    async def _ends(self, entry: Entry, seconds: float | None) -> bool:
+        """Whether the container ended by itself within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(entry.container.ended)
+                return True
+        return False
+
+    async def _end(self, entry: Entry, state: InstanceState, error: ErrorInfo | None) -> None:
+        await entry.container.stop()
+        if entry.container.handle is not None:
+            await entry.container.ended
+        entry.state, entry.error = state, error
+        detail = f" {entry.container.ended.result()}" if entry.container.ended.done() else ""
+        self._relay.gone(entry.number, state, detail)
+        del self._entries[entry.start.instance]
+        self._report(self._describe(entry))
+        say = self._log.info if error is None else self._log.warning
+        target = entry.start.target
+        say(
+            "instance_ended", app=target.app, function=target.function, version=target.version,
+            instance=entry.start.instance, state=state, detail=detail.strip(), error=error.message if error else "",
+        )  # fmt: skip
+
+    async def close(self, drain: float) -> None:
+        """Stop all of them, `drain` seconds for what runs."""
+        for name in list(self._entries):
+            self.stop(Stop(name, drain, "the node is stopping"))
+        await asyncio.gather(*(entry.work for entry in self._entries.values() if entry.work), return_exceptions=True)
+
+    # -- describe --------------------------------------------------------------------------------------------
+
+    def _of(self, number: int) -> Entry | None:
+        return next((entry for entry in self._entries.values() if entry.number == number), None)
+
+    def _since(self, entry: Entry) -> float:
+        return time.time() - entry.began
+
+    def _span(self, entry: Entry, name: str, start: float, detail: str = "") -> None:
+        entry.spans.append(Span(name, start, self._since(entry) - start, detail))
+
+    def _shifted(self, entry: Entry, timeline: Timeline) -> list[Span]:
+        offset = timeline.began - entry.began
+        return [Span(span.name, span.start + offset, span.seconds, span.detail) for span in timeline.spans]
+
+    def _timeline(self, entry: Entry) -> Timeline:
+        return Timeline(entry.began, tuple(entry.spans))
+
+    def _describe(self, entry: Entry) -> InstanceReport:
+        handle = entry.container.handle
+        return InstanceReport(
+            entry.start.instance,
+            entry.number,
+            entry.start.target,
+            entry.state,
+            entry.start.spec.concurrency,
+            handle.warmth if handle else "cold",
+            handle.pid if handle else 0,
+            self._relay.core.running(entry.number),
+            self._timeline(entry),
+            entry.error,
+        )
+
+
+def code_of(specs: tuple[FunctionSpec, ...]) -> tuple[FunctionSpec, ...]:
+    """Those that have code to import."""
+    return tuple(spec for spec in specs if spec.kind != "llm")

@@ -1,0 +1,45 @@
+"""What there is on this machine for the node: memory, cores, disk. Read from /proc and statvfs, nothing decided."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sllm_faas.wire.messages import NodeStats
+
+GRAIN_MB = 64
+"""Statistics change in steps of this many MiB, so that an idle node is silent."""
+
+
+def cores() -> float:
+    return float(len(os.sched_getaffinity(0)))
+
+
+def memory_available_mb() -> int:
+    """MiB the machine could still hand out."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    return 0
+
+
+def stats(directory: Path, limit_mb: int, instances: int) -> NodeStats:
+    """`limit_mb`: the memory this node may hand out in all."""
+    disk = os.statvfs(directory)
+    free = min(limit_mb, memory_available_mb())
+    return NodeStats(_step(free), _step(disk.f_bavail * disk.f_frsize // 2**20), instances)
+
+
+def address_towards(endpoint: str) -> str:
+    """This machine's address as the host of `endpoint` (tcp://HOST:PORT) sees it. Sends nothing."""
+    parts = urlsplit(endpoint)
+    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def _step(value: int) -> int:
+    return value // GRAIN_MB * GRAIN_MB
