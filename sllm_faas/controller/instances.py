@@ -121,7 +121,7 @@ class Instances:
             self.state.book,
             node=node.name,
             function=f"{instance.target.app}/{instance.target.function}",
-            warmth=instance.warmth,
+            warmth=instance.expected,
             tier=instance.tier,
             size=instance.size,
             timeline=instance.timeline,

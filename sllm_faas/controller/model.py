@@ -87,7 +87,10 @@ class Instance:
     predicted: float = 0.0
     load: float = 0.0
     """Seconds of checkpoint reading promised to its node while it starts."""
+    expected: Warmth = "cold"
+    """The layer its start was predicted from; what is learned goes there, so that predictions become right."""
     warmth: Warmth = "cold"
+    """The layer its node says it began from."""
     tier: Tier = "disk"
     why: str = ""
     adopted: bool = False

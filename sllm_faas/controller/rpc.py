@@ -11,8 +11,9 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                       pid, running, memory_mb, age, ready_for: s | None, predicted: s, actual: s | None, why,
                       timeline: T}
                      state: requested | starting | ready | draining
-    N (a node)       {name, state: up | lost, endpoint, cordoned, draining, memory_mb, memory_used_mb, memory_free_mb,
-                      disk_free_mb, cores, gpus, labels, bandwidth, checkpoints: [digest], instances: count, life}
+    N (a node)       {name, state: up | lost, endpoint, cordoned, draining, memory_mb, memory_used_mb,
+                      memory_free_mb | None, disk_free_mb | None, cores, gpus, labels, bandwidth, checkpoints: [digest],
+                      instances: count, life}
     F (a function)   {app, name, kind, version, methods: [{name, stream, is_async, batched}], parameters: [{name, type,
                       required, default}], concurrency, max_queue, timeouts: {queue, startup, first_output, idle,
                       execution}, scaling: S, memory_mb, secrets: [name], checkpoint: {source, revision, dtype, digest,
@@ -60,7 +61,7 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               starts: as above}
     checkpoint.pull     {source, revision, dtype, name,       more=True {stage, done, total, text} …, then
                          node: text | None}                   {name, digest, bytes, node}
-    invocation.get      {id}                                  the gateway's own record, or {invocation: None}
+    invocation.get      {id}                                  {invocation: the gateway's record | None}
     invocation.list     {app: text | None, limit}             {invocations: [gateways' records], newest first by
                                                               their `began`}; asks every gateway with the same op
 

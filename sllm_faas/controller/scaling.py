@@ -264,6 +264,7 @@ class Scaler:
             size=self.state.sizes.get(digest, 0),
             predicted=guess.total,
             load=guess.load,
+            expected=guess.warmth,
             warmth=guess.warmth,
             tier=guess.tier,
             why=choice.why,
