@@ -111,6 +111,9 @@ def execute(args: Sequence[str] | None = None) -> int:
     except SllmError as error:
         show_error(error)
         return exit_code(error)
+    except OSError as error:  # a directory that cannot be written, a full disk
+        click.echo(f"{_red('Error:')} {error}", err=True)
+        return FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _OPTIONAL:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,12 @@ def model_spec(model: str, name: str, revision: str, dtype: Any) -> AppSpec:
 
 def send(api: Api, spec: AppSpec, bundle: Bundle | None, *, quiet: bool = False) -> dict[str, Any]:
     """Upload what is not there yet, deploy, and wait for the end. Raises what it failed with."""
-    import msgspec
-
     if bundle is not None and not has(api, bundle.digest):
         progress = output.Progress(quiet)
         progress.update("upload", len(bundle.data), len(bundle.data), f"{len(bundle.files)} files")
         api.put(path("bundles", bundle.digest), bundle.data, timeout=PATIENT)
         progress.clear()
-    return follow(api, path("apps", spec.name, "deployments"), {"spec": msgspec.to_builtins(spec)}, quiet)
+    return follow(api, path("apps", spec.name, "deployments"), {"spec": asdict(spec)}, quiet)
 
 
 def has(api: Api, digest: str) -> bool:

@@ -12,6 +12,7 @@ need the invokers, and the controller ends last. Invariant: after `run` nothing 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -226,7 +227,10 @@ class Supervisor:
         loop.add_reader(child.pidfd, self._died, child)
         self._children[part.name] = child
         self._restarts.started(part.name, time.monotonic())
-        self._write_record()
+        try:
+            self._write_record()
+        except OSError as error:
+            log.warning("record not written", error=str(error))
         log.info("started", name=part.name, child=process.pid)
         return child
 
@@ -263,7 +267,8 @@ class Supervisor:
         )
 
     def _keep(self, line: bytes) -> None:
-        self._kept.write(line)
+        with contextlib.suppress(OSError):  # a full disk costs lines, not the platform
+            self._kept.write(line)
         if self._echo:
             self._echo(json.loads(line))
 
@@ -422,7 +427,7 @@ def main(command: Callable[[Config, Part], list[str]] = command) -> int:
 
     try:
         asyncio.run(serve())
-    except SllmError as error:
+    except (SllmError, OSError) as error:
         info = to_info(error)
         say(
             {

@@ -567,3 +567,32 @@ def test_bench_without_the_source_tree_says_where_it_is(sllm: Run, monkeypatch: 
     code, _, err = sllm("bench", "dataplane")
     assert code in (cli.NOT_FOUND, cli.FAILED)
     assert "source tree" in err
+
+
+SERVER_ONLY = ("psutil", "zmq", "msgspec", "rich", "starlette", "uvicorn", "sqlalchemy", "watchfiles", "torch")
+
+
+@pytest.mark.parametrize(
+    ("args", "exits", "said"),
+    [
+        (["ps"], cli.UNREACHABLE, "cannot reach"),
+        (["deploy", "--model", "org/m"], cli.UNREACHABLE, "cannot reach"),
+        (["logs", "-f"], cli.UNREACHABLE, "cannot reach"),
+        (["config", "show"], cli.OK, ""),
+        (["up"], cli.FAILED, "pip install 'sllm-faas[all]'"),
+        (["run", "kiosk.py"], cli.FAILED, "pip install 'sllm-faas[all]'"),
+    ],
+)
+def test_a_client_without_the_servers_libraries_can_do_all_but_serve(
+    tmp_path: Path, args: list[str], exits: int, said: str
+) -> None:
+    import subprocess
+
+    (tmp_path / "kiosk.py").write_text(SOURCE)
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({SERVER_ONLY!r}))"
+    script = f"{blocked}; from sllm_faas import cli; sys.exit(cli.execute({args!r}))"
+    env = {**os.environ, "SLLM_SERVER": "http://127.0.0.1:1", "XDG_STATE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == exits, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

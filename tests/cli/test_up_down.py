@@ -243,6 +243,28 @@ def test_grandchildren_in_sessions_of_their_own_end_too(sllm: Sllm, config: Conf
     assert gone(marked)
 
 
+def test_a_full_disk_costs_log_lines_and_nothing_else(sllm: Sllm, config: Config) -> None:
+    config.logs_dir.mkdir()
+    (config.logs_dir / "platform.jsonl").symlink_to("/dev/full")
+    assert sllm("up", "--daemon") == 0
+    before = dict(starts(config))
+    os.kill(before["node-0"], signal.SIGKILL)
+    until(lambda: len(starts(config)) == 6)
+    assert sllm("down") == 0
+    assert processes.marked(config) == []
+
+
+@pytest.mark.parametrize("daemon", [["--daemon"], []])
+def test_a_state_directory_that_cannot_be_made_is_a_clear_error(
+    sllm: Sllm, config: Config, capsys: pytest.CaptureFixture[str], daemon: list[str]
+) -> None:
+    (config.state_dir / "bundles").write_text("in the way")
+    assert sllm("up", *daemon) == 1
+    said = capsys.readouterr().err
+    assert "bundles" in said
+    assert "Traceback" not in said
+
+
 # -- in the foreground ---------------------------------------------------------------------------------------
 
 
