@@ -13,7 +13,7 @@ import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +358,6 @@ class Rig:
     invoker: FakeInvoker
     http: httpx.AsyncClient
     url: str
-    extra: list[Any] = field(default_factory=list)
 
     async def settled(self) -> None:
         """Everything that was under way in the gateway has ended; its invariants hold."""
@@ -396,7 +395,9 @@ async def rig(directory: Path, *, grants: bool = True, **settings: Any) -> Async
     async with httpx.AsyncClient(base_url=url, timeout=20) as http:
         try:
             await invoker.until(lambda: len(invoker.got[Type.WANT]) >= len(invoker.instances))
-            yield Rig(config, service, controller, invoker, http, url)
+            made = Rig(config, service, controller, invoker, http, url)
+            yield made
+            controller = made.controller
         finally:
             if not serving.done():
                 service.stop()
