@@ -313,7 +313,14 @@ class Admin:
     # -- invocations: the gateways know ----------------------------------------------------------------------
 
     async def _op_invocation_get(self, body: rpc.OfInvocation) -> Shape:
-        for answer in await self._ask_all("invocation.get", {"id": body.id}):
+        return await self._ask_owner("invocation.get", body.id)
+
+    async def _op_invocation_cancel(self, body: rpc.OfInvocation) -> Shape:
+        return await self._ask_owner("invocation.cancel", body.id)
+
+    async def _ask_owner(self, op: str, invocation: str) -> Shape:
+        """The answer of the gateway that knows the invocation."""
+        for answer in await self._ask_all(op, {"id": invocation}):
             if answer.get("invocation") is not None:
                 return answer
         return {"invocation": None}

@@ -62,11 +62,12 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
     checkpoint.pull     {source, revision, dtype, name,       more=True {stage, done, total, text} …, then
                          node: text | None}                   {name, digest, bytes, node}
     invocation.get      {id}                                  {invocation: the gateway's record | None}
+    invocation.cancel   {id}                                  the same, after its gateway has cancelled it
     invocation.list     {app: text | None, limit}             {invocations: [gateways' records], newest first by
                                                               their `began`}; asks every gateway with the same op
 
-A gateway that is asked `invocation.get {id}` answers {invocation: record | None}; for `invocation.list` it answers
-{invocations: […]}.
+A gateway that is asked `invocation.get {id}` or `invocation.cancel {id}` answers {invocation: record | None}; for
+`invocation.list` it answers {invocations: […]}.
 
 Links (both kinds of peer): HELLO is answered by WELCOME, for a gateway then ROUTES. The controller answers
 a frame from a peer that it does not know (it has restarted, or thought the peer lost) with BYE: the peer says HELLO
@@ -214,6 +215,7 @@ BODIES: dict[str, type] = {
     "checkpoint.pull": Pull,
     "invocation.get": OfInvocation,
     "invocation.list": ListInvocations,
+    "invocation.cancel": OfInvocation,
 }
 
 

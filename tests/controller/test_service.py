@@ -407,10 +407,11 @@ async def test_invocations_are_asked_of_every_gateway_and_merged(controller, gat
         assert [record["began"] for record in (await done)["invocations"]] == [5.0, 3.0]
 
 
-async def test_a_gateway_that_goes_away_is_left_out_of_the_answer(controller, gateway):
+@pytest.mark.parametrize("op", ["invocation.get", "invocation.cancel"])
+async def test_a_gateway_that_goes_away_is_left_out_of_the_answer(controller, gateway, op):
     async with peer(Gateway, controller, "gateway-1") as other:
         await other.hello()
-        done = asyncio.create_task(gateway.call("invocation.get", id="inv-1"))
+        done = asyncio.create_task(gateway.call(op, id="inv-1"))
         await other.expect(Type.REQUEST)
         other.send(Type.BYE)
         asked = await gateway.expect(Type.REQUEST)
