@@ -22,7 +22,9 @@ from sllm_faas.spec import Tier, Timeline, Warmth
 WEIGHT = 0.3
 """Of a new observation: three starts make a constant its own."""
 
-CONTAINER: dict[Warmth, float] = {"cold": 6.0, "base": 2.0, "libs": 0.3, "template": 0.05, "warm": 0.0}
+CONTAINER: dict[Warmth, float] = {"cold": 6.0, "base": 2.5, "libs": 0.1, "template": 0.05, "warm": 0.0}
+"""Guesses for a node that has started nothing yet: a process with torch and transformers to import, the same forked
+from an interpreter, a fork that only imports the user's modules, one that finds its skeleton built."""
 BANDWIDTH: dict[Tier, float] = {"remote": 100e6, "disk": 1e9, "dram": 8e9, "gpu": 50e9}
 FIRST_TOKEN = 0.05
 """Seconds, for functions with weights to run; nothing for the others."""

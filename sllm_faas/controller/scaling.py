@@ -222,7 +222,8 @@ class Scaler:
     def _warmth(self, node: Node, target: Target, spec: FunctionSpec) -> Warmth:
         if f"{target.app}/{target.function}@{target.version}" in node.templates:
             return "template"
-        return "libs" if libs_of(spec) in node.libs else "base"
+        libs = libs_of(spec)
+        return "libs" if not libs or libs in node.libs else "base"
 
     def _promised(self, node: Node) -> float:
         """Seconds until the loads promised to the node are read, as if one after another."""

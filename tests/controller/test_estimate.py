@@ -25,8 +25,8 @@ def learn(book, actual, *, predicted=1.0, size=0, load=0.0, node="n", warmth="li
 
 def test_the_parts_add_up_and_are_shown():
     guess = e.estimate({}, {"disk": 2e9}, "n", "app/f", "libs", "disk", 4 * 10**9, queue=0.5)
-    assert guess.total == pytest.approx(0.5 + 0.3 + 2.0 + 0.05)
-    assert str(guess) == "2.85 s = queue 0.50 + libs container 0.30 + disk load 2.00 + first 0.05"
+    assert guess.total == pytest.approx(0.5 + 0.1 + 2.0 + 0.05)
+    assert str(guess) == "2.65 s = queue 0.50 + libs container 0.10 + disk load 2.00 + first 0.05"
 
 
 def test_a_function_without_weights_has_nothing_to_load():

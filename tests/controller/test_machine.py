@@ -587,7 +587,7 @@ def test_a_start_is_timed_and_the_next_one_predicted_by_it():
     """Learned under the layer it was predicted from, whatever layer the node says it was."""
     made = world()
     deploy(made, app())
-    for asked, predicted, actual in ((1, 2.0, 0.75), (2, 0.05, 0.25), (3, 0.25, 0.25)):
+    for asked, predicted, actual in ((1, 0.1, 0.75), (2, 0.05, 0.25), (3, 0.25, 0.25)):
         made.demand("g", F, asked)
         start = made.sent(cmd.SendStart)[-1].body
         assert start.predicted == predicted
