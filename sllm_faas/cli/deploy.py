@@ -69,7 +69,7 @@ def send(api: Api, spec: AppSpec, bundle: Bundle | None, *, quiet: bool = False)
     """Upload what is not there yet, deploy, and wait for the end. Raises what it failed with."""
     if bundle is not None and not has(api, bundle.digest):
         progress = output.Progress(quiet)
-        progress.update("upload", len(bundle.data), len(bundle.data), f"{len(bundle.files)} files")
+        progress.update("upload", len(bundle.data), len(bundle.data), f"uploading {len(bundle.files)} files")
         api.put(path("bundles", bundle.digest), bundle.data, timeout=PATIENT)
         progress.clear()
     return follow(api, path("apps", spec.name, "deployments"), {"spec": asdict(spec)}, quiet)

@@ -83,4 +83,5 @@ def _logs(address: tuple[str, str], app: str) -> None:
         api.events("GET", path("logs"), app=app, follow=1, lines="0") as events,
     ):
         for event in events:
-            click.echo(line(event.data))
+            if event.kind == "log":
+                click.echo(line(event.data))

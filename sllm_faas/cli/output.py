@@ -112,13 +112,13 @@ class Progress:
         if self._live:
             click.echo(f"\r\x1b[2K{self._bar(stage, done, total, text)}", nl=False, err=True)
         elif stage != self._stage:
-            click.echo(f"{stage}{' ' + text if text else ''} …", err=True)
+            click.echo(f"{text or stage} …", err=True)
         self._stage = stage
 
     def _bar(self, stage: str, done: int, total: int, text: str) -> str:
         spent = duration(time.monotonic() - self._began)
         if total <= 0:
-            return f"{stage} {text} ({spent})"
+            return f"{text or stage} ({spent})"
         filled = round(24 * min(done, total) / total)
         amount = f"{size(done)} of {size(total)}" if total > 4096 else f"{done} of {total}"
         return f"{stage} [{'█' * filled}{'·' * (24 - filled)}] {amount} {text} ({spent})"
