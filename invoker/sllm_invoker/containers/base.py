@@ -101,5 +101,8 @@ class Runtime(Protocol):
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> Handle:
         """Raises ForkFailed, and what preparing a layer raised (ImportFailed, CheckpointError …)."""
 
+    async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
+        """Make the layers that instances of `spec` start from, ahead of the first. Raises as `start` does."""
+
     async def close(self) -> None:
         """Kill everything it started, zygotes too."""

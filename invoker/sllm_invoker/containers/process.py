@@ -328,6 +328,9 @@ class ProcessRuntime:
         """Make the base zygote now, so that the first instance does not wait for it."""
         await self._zygote(pool.path(None, ""), None)
 
+    async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
+        await self._zygote(pool.path(spec, object_dir), ContainerSpec("", b"", spec, object_dir))
+
     def tidy(self) -> None:
         """End the zygotes that are not worth their memory any more."""
         for key in self.pool.surplus(self._loop.time()):
