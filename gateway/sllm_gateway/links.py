@@ -30,18 +30,36 @@ CONTROLLER = ""
 
 
 class Peer:
-    """A link and whether its other end has welcomed us, under which life."""
+    """A link and whether its other end has welcomed us, under which life.
 
-    def __init__(self, dealer: Dealer) -> None:
+    What is sent within one wake-up goes out together at its end: waking ZeroMQ's own thread costs more than the
+    message, and requests come in bursts. `on_busy` is called when the other end does not read.
+    """
+
+    def __init__(self, dealer: Dealer, on_busy: Callable[[], None]) -> None:
         self.dealer = dealer
         self.life = ""
+        self._on_busy = on_busy
+        self._outgoing: list[Parts] = []
 
     @property
     def up(self) -> bool:
         return bool(self.life)
 
     def send(self, parts: Parts) -> None:
-        self.dealer.send(parts)
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(parts)
+
+    def _flush(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        try:
+            for parts in outgoing:
+                self.dealer.send(parts)
+        except PeerBusy:
+            self._on_busy()
+        except PeerGone:
+            pass  # closed by us meanwhile
 
 
 class Links:
@@ -105,13 +123,13 @@ class Links:
         dealer = Dealer(
             endpoint, identity, lambda parts: self._on_message(name, parts), keys=keys, server_key=server_key
         )
-        peer = self._peers[name] = Peer(dealer)
-        self._say(name, peer, self._hello)
+        peer = self._peers[name] = Peer(dealer, lambda: self._down(name, peer))
+        peer.send(self._hello)
 
     def _disconnect(self, name: str) -> None:
         peer = self._peers.pop(name)
         if peer.up:
-            self._say(name, peer, _BYE)
+            peer.send(_BYE)
         self._down(name, peer)
         # The close must not overtake what was just sent.
         asyncio.get_running_loop().call_later(0.05, peer.dealer.close)
@@ -129,7 +147,7 @@ class Links:
             return
         if kind is Type.BYE:
             self._down(name, peer)
-            self._say(name, peer, self._hello)
+            peer.send(self._hello)
             return
         if not peer.up:
             return  # it speaks from before it knew us, or we thought it lost: its HELLO answer comes first
@@ -137,7 +155,7 @@ class Links:
         if name == CONTROLLER:
             if not self.dispatcher.on_controller_message(parts):
                 self._log.warning("routes have a gap")
-                self._say(name, peer, self._hello)
+                peer.send(self._hello)
         else:
             self.dispatcher.on_invoker_message(name, parts)
 
@@ -171,18 +189,10 @@ class Links:
         else:
             self.dispatcher.node_down(name)
 
-    def _say(self, name: str, peer: Peer, parts: Parts) -> None:
-        try:
-            peer.send(parts)
-        except PeerBusy:
-            self._down(name, peer)
-        except PeerGone:
-            pass
-
     def _beat(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(INTERVAL, self._beat)
         for name in self._liveness.expire(self._clock()):
             if name in self._peers:
                 self._down(name, self._peers[name])
-        for name, peer in list(self._peers.items()):
-            self._say(name, peer, _HEARTBEAT if peer.up else self._hello)
+        for peer in list(self._peers.values()):
+            peer.send(_HEARTBEAT if peer.up else self._hello)

@@ -130,6 +130,7 @@ class Service:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=int(config.shutdown_grace + LAST_WORDS) + 1,
             ),
