@@ -91,8 +91,9 @@ def threads() -> int:
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, lifeline: int) -> None:
+    def __init__(self, control: socket.socket, lifeline: int, armed: int) -> None:
         self._control = control
+        self._armed = armed
         self._lifeline = lifeline
         """The inherited end, never armed itself: armed ones are opened anew from it in every process."""
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -150,8 +151,8 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
             self._control.close()
-            os.close(self._wake_r)
-            os.close(self._wake_w)
+            for fd in (self._wake_r, self._wake_w, self._armed):
+                os.close(fd)
             if message["op"] == "layer":
                 self._layer(message, fds)
             self._instance(message, fds)
@@ -166,7 +167,7 @@ class Zygote:
 
     def _layer(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
         control = socket.socket(fileno=fds[0])
-        arm_lifeline(self._lifeline)
+        armed = arm_lifeline(self._lifeline)
         began = time.perf_counter()
         try:
             from sllm_invoker.runner import template
@@ -184,7 +185,7 @@ class Zygote:
             send(control, {"op": "error", "info": describe(error)})
             os._exit(1)
         send(control, {"op": "ready", "seconds": time.perf_counter() - began, "threads": threads()})
-        Zygote(control, self._lifeline).serve()
+        Zygote(control, self._lifeline, armed).serve()
 
     def _instance(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
         for group in message["cgroups"]:
@@ -223,13 +224,13 @@ def main() -> NoReturn:
     lifeline = int(sys.argv[2])
     os.set_inheritable(control.fileno(), False)
     os.set_inheritable(lifeline, False)
-    arm_lifeline(lifeline)
+    armed = arm_lifeline(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     began = time.perf_counter()
     for name in BASE_MODULES:
         importlib.import_module(name)
     send(control, {"op": "ready", "seconds": time.perf_counter() - began, "threads": threads()})
-    Zygote(control, lifeline).serve()
+    Zygote(control, lifeline, armed).serve()
 
 
 if __name__ == "__main__":

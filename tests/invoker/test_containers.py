@@ -1,0 +1,122 @@
+"""Containers as real processes: forked from zygotes, and gone with all that is theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from sllm_faas.errors import SllmError
+from sllm_faas.spec import FunctionSpec
+from sllm_invoker.containers import tree
+from sllm_invoker.containers.base import Exited
+
+from .conftest import Containers
+
+
+async def test_output_below_python_is_read_to_the_end(containers: Containers) -> None:
+    one = await containers.start("one")
+    await one.says("below python")
+    assert "up one" in one.text
+    assert await one.handle.stop(0) == Exited(-signal.SIGKILL)
+
+
+async def test_the_exit_status_is_told(containers: Containers) -> None:
+    one = await containers.start("one", "exit")
+    assert await one.ends() == Exited(3)
+    assert str(one.handle.exited) == "with exit status 3"
+
+
+async def test_a_start_says_from_which_warmth_it_began(containers: Containers) -> None:
+    cold = await containers.start("one")
+    warm = await containers.start("two")
+    assert (cold.handle.warmth, warm.handle.warmth) == ("cold", "base")
+
+
+async def test_nothing_of_its_family_outlives_an_instance(containers: Containers) -> None:
+    one = await containers.start("one", "family")
+    await one.says("up one")
+    family = tree.descendants(one.handle.pid)
+    assert len([pid for pid in family if tree.alive(pid)]) == 2
+    other = await containers.start("two")
+    os.kill(one.handle.pid, signal.SIGKILL)
+    await one.ends()
+    assert not [pid for pid in family if tree.alive(pid)]
+    assert other.handle.exited is None and tree.alive(other.handle.pid)
+
+
+async def test_what_ignores_sigterm_is_killed_after_the_grace(containers: Containers) -> None:
+    one = await containers.start("one", "stubborn")
+    await one.says("up one")
+    assert await one.handle.stop(0.05) == Exited(-signal.SIGKILL)
+
+
+async def test_twenty_starts_at_once(containers: Containers) -> None:
+    many = await asyncio.gather(*(containers.start(f"i{number}") for number in range(20)))
+    assert len({each.handle.pid for each in many}) == 20
+    await asyncio.gather(*(each.says("up") for each in many))
+
+
+async def test_a_killed_zygote_touches_no_instance_and_is_made_again(containers: Containers) -> None:
+    one = await containers.start("one")
+    await one.says("up one")
+    base = one.handle.pid and tree.look(one.handle.pid)
+    assert base
+    os.kill(base.parent, signal.SIGKILL)
+    two = await containers.start("two")
+    await two.says("up two")
+    assert one.handle.exited is None and tree.alive(one.handle.pid)
+    assert await one.handle.stop(0) == Exited(-signal.SIGKILL)
+
+
+async def test_an_instance_inherits_no_descriptor_of_its_zygotes(containers: Containers) -> None:
+    one = await containers.start("one", "descriptors")
+    text = await one.says("up one")
+    fds = [int(word) for word in text.splitlines()[0].split()[1:]]
+    assert len(fds) <= 5, text  # standard three, the lifeline, the directory being listed
+
+
+async def test_two_instances_draw_different_numbers(containers: Containers) -> None:
+    texts = [await (await containers.start(name, "random")).says("up") for name in ("one", "two")]
+    assert texts[0].splitlines()[0] != texts[1].splitlines()[0]
+
+
+async def test_a_template_that_cannot_be_prepared_is_the_starters_error(
+    containers: Containers, llm: FunctionSpec
+) -> None:
+    with pytest.raises(SllmError) as caught:
+        await containers.start("one", spec=llm, object_dir="/nowhere")
+    assert caught.value.traceback
+    assert await (await containers.start("two")).says("up two")
+
+
+async def test_the_tree_is_on_record_while_it_lives(containers: Containers) -> None:
+    one = await containers.start("one")
+    path = containers.directory / "processes.json"
+    assert one.handle.pid in {record["pid"] for record in json.loads(path.read_text())}
+    await one.handle.stop(0)
+    assert one.handle.pid not in {record["pid"] for record in json.loads(path.read_text())}
+
+
+async def test_stats_count_the_whole_family(containers: Containers) -> None:
+    one = await containers.start("one", "family")
+    await one.says("up one")
+    stats = one.handle.stats()
+    assert stats is not None and stats.processes >= 3 and stats.memory_mb > 0
+    await one.handle.stop(0)
+    assert one.handle.stats() is None
+
+
+def test_a_record_whose_process_is_another_now_kills_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "processes.json"
+    path.write_text(json.dumps([{"pid": os.getppid(), "started": 1}]))
+    assert tree.reap(tmp_path) == 0
+    assert not path.exists()
+
+
+def test_a_damaged_record_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "processes.json").write_text('[{"pid": ')
+    assert tree.reap(tmp_path) == 0
