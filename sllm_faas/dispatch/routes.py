@@ -10,16 +10,14 @@ Names are resolved here, and here only: `app/function`, `function.method`, OpenA
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sllm_faas.errors import BadRequest, NotFound
+from sllm_faas.parameters import bind, convert
 from sllm_faas.spec import FunctionSpec, MethodSpec, Target, canonical
 from sllm_faas.wire.messages import FunctionRoute, NodeInfo, Routes, RoutesDelta, TokenEntry
-
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,30 +177,13 @@ def _method(spec: FunctionSpec, name: str) -> MethodSpec:
     raise NotFound(f"{spec.name!r} has no method {name!r}.", hint=nearest(name, names))
 
 
-def check_parameters(spec: FunctionSpec, values: Mapping[str, Any]) -> str:
+def check_parameters(spec: FunctionSpec, given: Mapping[str, object]) -> str:
     """The canonical text of a class's parameter values, for `Target`. A value equal to its default is left out, so
-    that naming a default and leaving it out share their instances. Raises BadRequest."""
-    known = {parameter.name: parameter for parameter in spec.parameters}
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        parameter = known.get(name)
-        if parameter is None:
-            raise BadRequest(
-                f"{spec.name!r} has no parameter {name!r}.", hint=nearest(name, known), param=f"parameters.{name}"
-            )
-        allowed = _PYTHON_TYPES[parameter.type]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and parameter.type != "bool"):
-            raise BadRequest(
-                f"parameter {name!r} of {spec.name!r} is {json.dumps(value, default=repr)[:200]}; "
-                f"allowed: {parameter.type}",
-                param=f"parameters.{name}",
-            )
-        if parameter.required or value != parameter.default:
-            given[name] = float(value) if isinstance(value, int) and parameter.type == "float" else value
+    that naming a default and leaving it out share their instances, and "" is the function as it is.
+
+    Raises BadRequest naming the parameter."""
+    values = bind(spec.parameters, given)
     for parameter in spec.parameters:
-        if parameter.required and parameter.name not in values:
-            raise BadRequest(
-                f"{spec.name!r} needs parameter {parameter.name!r} ({parameter.type}).",
-                param=f"parameters.{parameter.name}",
-            )
-    return canonical(given)
+        if not parameter.required and values[parameter.name] == convert(parameter, parameter.default):
+            del values[parameter.name]
+    return canonical(values)

@@ -111,11 +111,11 @@ def test_a_class_needs_a_method_and_a_model_is_no_function() -> None:
 @pytest.mark.parametrize(
     ("values", "param"),
     [
-        ({"label": "x", "colour": 1}, "parameters.colour"),
-        ({"label": 1}, "parameters.label"),
-        ({"label": "x", "size": True}, "parameters.size"),
-        ({"label": "x", "size": 1.5}, "parameters.size"),
-        ({}, "parameters.label"),
+        ({"label": "x", "colour": 1}, "colour"),
+        ({"label": 1}, "label"),
+        ({"label": "x", "size": True}, "size"),
+        ({"label": "x", "size": 1.5}, "size"),
+        ({}, "label"),
     ],
 )
 def test_wrong_parameters_are_named(values: dict[str, object], param: str) -> None:
