@@ -48,12 +48,14 @@ class SllmError(Exception):
 
 
 class CallerError(SllmError):
-    code = "bad_request"
+    code = "caller_error"
     status = 400
 
 
 class BadRequest(CallerError):
     """Malformed input: JSON that does not parse, a value out of range, an unknown parameter."""
+
+    code = "bad_request"
 
 
 class UnsupportedParameter(CallerError):

@@ -6,7 +6,8 @@
         "messages": [{"role": "user", "content": "41 42 43"}]}'
 
 streams " 44", " 45", " 46" … one number per event. Say "roll:" and it rolls a die instead; the same `seed` rolls the
-same numbers. When nobody calls, its instances stop after `scaledown_window` seconds; the next call starts one.
+same numbers. When nobody calls, its instances stop after `scaledown_window` seconds (few, so that
+you can watch it); the next call starts one.
 """
 
 from __future__ import annotations
@@ -17,4 +18,4 @@ import sllm
 
 app = sllm.App("counting")
 
-counting = app.llm("counting", checkpoint=Path(__file__).parent / "model", concurrency=8, scaledown_window=30)
+counting = app.llm("counting", checkpoint=Path(__file__).parent / "model", concurrency=8, scaledown_window=5)

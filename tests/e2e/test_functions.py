@@ -144,7 +144,7 @@ def test_prints_are_attributed_to_their_invocation(zoo: Platform) -> None:
     invocation = answer.headers["x-invocation-id"]
 
     def lines() -> list[dict[str, str]]:
-        text = zoo.sllm("logs", "--function", "chatty", "--json")
+        text = zoo.sllm("logs", "zoo/chatty", "--json")
         return [record for record in map(json.loads, text.splitlines()) if "qwertz" in record.get("text", "")]
 
     found = eventually(lambda: [*lines()] if len(lines()) >= 2 else None)
