@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec, Target
 from sllm_invoker.containers import tree, zygote
 from sllm_invoker.containers.base import ContainerSpec, Event, Exited, Output
 from sllm_invoker.containers.process import ProcessHandle, ProcessRuntime
 from sllm_invoker.runner.config import InstanceConfig, dumps
+
+from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec, Target
 
 HERE = Path(__file__).parent
 

@@ -9,10 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from sllm_faas.errors import SllmError
-from sllm_faas.spec import FunctionSpec
 from sllm_invoker.containers import tree
 from sllm_invoker.containers.base import Exited
+
+from sllm_faas.errors import SllmError
+from sllm_faas.spec import FunctionSpec
 
 from .conftest import Containers
 

@@ -7,11 +7,12 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Send
+
 from sllm_faas.spec import Target, Timeline
 from sllm_faas.wire.codec import decode, encode
 from sllm_faas.wire.header import NO_LIMIT, Header, Type, unpack
 from sllm_faas.wire.messages import Adopted, Done, Failed, Grant, Invoke, Refused
-from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Send
 
 G, H = b"gateway-0:x", b"gateway-1:y"
 PEER = b"ins-1"
