@@ -153,6 +153,7 @@ class Gateway:
 
     async def _run(self, exchange: Exchange, operation: Operation) -> None:
         exchange.route = operation.label
+        exchange.hint_in_message = operation.tag == "openai"
         if operation.checked:
             self.gate.check_browser(exchange)
         await operation.endpoint(exchange)

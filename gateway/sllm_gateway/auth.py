@@ -30,6 +30,7 @@ _IMPLIED: dict[str, frozenset[str]] = {
     "invoke": frozenset({"invoke"}),
     "read": frozenset({"read"}),
 }
+_PREFIX = b"sllm_"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
@@ -74,10 +75,11 @@ class Gate:
         """Raises Unauthenticated or Forbidden. `app` when the request is about one."""
         entry = self._entry(exchange)
         if entry is None:
-            if scope == "invoke" and self._open_invoke:
+            given = _token(exchange)
+            # Clients that insist on a key send any; a wrong one of ours is a mistake to be told.
+            if scope == "invoke" and self._open_invoke and not given.startswith(_PREFIX):
                 exchange.principal = ANONYMOUS
                 return ANONYMOUS
-            given = b"authorization" in exchange.headers
             raise Unauthenticated(
                 "The token is not known, or has expired." if given else "This needs a token, and none was given.",
                 hint="Send `Authorization: Bearer sllm_…`; `sllm token create` makes one.",
@@ -120,14 +122,19 @@ class Gate:
                 raise Forbidden(f"Requests from web pages of {text[:200]!r} are not accepted.")
 
     def _entry(self, exchange: Exchange) -> TokenEntry | None:
-        scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
-        token = token.strip()
-        if scheme.lower() != b"bearer" or not token:
+        token = _token(exchange)
+        if not token:
             return None
         entry = self._tokens().get(hashlib.sha256(token).hexdigest())
         if entry is None or (entry.expires is not None and entry.expires <= self._now()):
             return None
         return entry
+
+
+def _token(exchange: Exchange) -> bytes:
+    """The bearer token sent; empty for none."""
+    scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _without_port(host: str) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -43,6 +44,7 @@ class Exchange:
         "function",
         "handle",
         "headers",
+        "hint_in_message",
         "identity",
         "method",
         "msgpack",
@@ -82,6 +84,8 @@ class Exchange:
         self.handle: Handle | None = None
         self.msgpack = False
         """Errors are answered in the SDK's encoding."""
+        self.hint_in_message = False
+        """The client shows the message and nothing else."""
 
     # -- request ---------------------------------------------------------------------------------------------
 
@@ -175,9 +179,14 @@ class Exchange:
         self.code = info.code
         if self.status:
             return
-        owner = self.principal is not None and self.principal.owner
-        rendered = render(info, self.request_id, owner=owner, msgpack=self.msgpack)
+        rendered = render(self.shown(info), self.request_id, owner=self.owner, msgpack=self.msgpack)
         await self.respond(rendered.body, rendered.status, rendered.content_type, [*rendered.headers, *(headers or [])])
+
+    def shown(self, info: ErrorInfo) -> ErrorInfo:
+        """The error as this client is to see it."""
+        if not self.hint_in_message or not info.hint:
+            return info
+        return replace(info, message=f"{info.message} {info.hint}")
 
     @property
     def owner(self) -> bool:

@@ -114,7 +114,7 @@ class _ChunkWriter:
         return last + DONE
 
     def error(self, info: ErrorInfo, exchange: Exchange) -> bytes:
-        return json_event(shape(info, exchange.request_id, owner=exchange.owner)) + DONE
+        return json_event(shape(exchange.shown(info), exchange.request_id, owner=exchange.owner)) + DONE
 
 
 class ChatWriter(_ChunkWriter):

@@ -37,7 +37,7 @@ class WaitQueue(Generic[W]):
     def __init__(self, limit: int = 10_000) -> None:
         self.limit = limit
         self._lines: dict[Target, OrderedDict[W, None]] = {}
-        self._apps: dict[str, dict[W, None]] = {}
+        self._apps: dict[str, OrderedDict[W, None]] = {}
         self._weights: dict[str, float] = {}
         self._size = 0
 
@@ -94,6 +94,7 @@ class WaitQueue(Generic[W]):
         """Back to the head of its line, whatever the bounds."""
         self._insert(item)
         self._lines[item.target].move_to_end(item, last=False)
+        self._apps[item.target.app].move_to_end(item, last=False)
 
     def pop(self, target: Target) -> W | None:
         line = self._lines.get(target)
@@ -133,7 +134,7 @@ class WaitQueue(Generic[W]):
         if item in self:
             raise KeyError(item)
         self._lines.setdefault(item.target, OrderedDict())[item] = None
-        self._apps.setdefault(item.target.app, {})[item] = None
+        self._apps.setdefault(item.target.app, OrderedDict())[item] = None
         self._weights.setdefault(item.target.app, 1.0)
         self._size += 1
 

@@ -65,6 +65,14 @@ def test_when_all_is_full_the_app_above_its_share_loses_its_youngest() -> None:
     queue.validate()
 
 
+def test_who_was_put_to_the_front_is_not_the_youngest() -> None:
+    queue: WaitQueue[Item] = WaitQueue(limit=2)
+    young, old = Item(A), Item(A)
+    queue.push(young, max_queue=9)
+    queue.push_front(old)
+    assert queue.push(Item(B), max_queue=9) is young
+
+
 def test_weights_decide_the_shares() -> None:
     queue: WaitQueue[Item] = WaitQueue(limit=4)
     for _ in range(4):

@@ -130,7 +130,7 @@ async def test_checkpoints_are_asked_of_every_invoker(gateway: Rig) -> None:
         ("", "GET", "/v1/models", 200),
         ("", "POST", "/v1/functions/app/echo", 200),
         ("unknown", "GET", "/v1/apps", 401),
-        ("unknown", "POST", "/v1/functions/app/echo", 200),
+        ("unknown", "POST", "/v1/functions/app/echo", 401),
         ("caller", "GET", "/v1/apps", 403),
         ("caller", "POST", "/v1/functions/app/echo", 200),
         ("viewer", "GET", "/v1/apps", 200),
@@ -147,6 +147,12 @@ async def test_scopes(gateway: Rig, who: str, method: str, path: str, status: in
     assert answer.status_code == status, answer.text
     if status == 401:
         assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_where_invocation_is_open_any_foreign_key_will_do(gateway: Rig) -> None:
+    for text in ("Bearer sk-unused", "Basic eDp5", "Bearer"):
+        answer = await gateway.http.post("/v1/functions/app/echo", headers={"Authorization": text})
+        assert answer.status_code == 200, text
 
 
 async def test_a_token_for_some_apps_reaches_and_sees_only_them_and_expires(gateway: Rig) -> None:

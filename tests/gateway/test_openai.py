@@ -154,19 +154,14 @@ async def test_the_clients_own_exception_classes_are_raised(gateway: Rig) -> Non
     async with client(gateway) as api, client(gateway, "viewer") as viewer, client(gateway, "wrong") as wrong:
         with pytest.raises(openai.NotFoundError) as missing:
             await api.chat.completions.create(model="countin", messages=HELLO)
-        assert "counting" in missing.value.body["hint"]
+        assert "counting" in str(missing.value), "the client shows the message alone"
         with pytest.raises(openai.BadRequestError) as bad:
             await api.chat.completions.create(model="counting", messages=HELLO, temperature=3)
         assert bad.value.param == "temperature"
         with pytest.raises(openai.PermissionDeniedError):
             await viewer.chat.completions.create(model="counting", messages=HELLO)
-        gate = gateway.service.gateway.gate
-        gate._open_invoke = False
-        try:
-            with pytest.raises(openai.AuthenticationError):
-                await wrong.chat.completions.create(model="counting", messages=HELLO)
-        finally:
-            gate._open_invoke = True
+        with pytest.raises(openai.AuthenticationError):
+            await wrong.chat.completions.create(model="counting", messages=HELLO)
 
 
 async def test_what_only_the_container_finds_wrong_is_a_400_for_streams_too(gateway: Rig) -> None:
