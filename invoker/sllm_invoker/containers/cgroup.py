@@ -15,13 +15,14 @@ from pathlib import Path
 from sllm_faas import logging
 
 ROOT = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
 
 
 def _memory_parent(root: Path) -> tuple[Path, str] | None:
     """(our group's directory, name of the limit file), or None where there is no memory controller."""
     own: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in OWN.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             own[controllers] = path
     if "memory" in own:
