@@ -38,11 +38,12 @@ from sllm_invoker import node
 from sllm_invoker.bundles import Bundles
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checks import Checks
+from sllm_invoker.container import Place
 from sllm_invoker.containers import tree
 from sllm_invoker.containers.process import ProcessRuntime
 from sllm_invoker.containers.zygote import ENTRY, become_subreaper
 from sllm_invoker.ingests import Ingests
-from sllm_invoker.instances import Instances, Place
+from sllm_invoker.instances import Instances
 from sllm_invoker.logs import LogBook
 from sllm_invoker.relay import Answer, Relay, RelayEvents, life
 from sllm_invoker.relay_core import RelayCore

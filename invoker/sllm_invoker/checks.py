@@ -16,8 +16,8 @@ from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, to_info
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import Check, Checked, Progress
 from sllm_invoker import secrets
+from sllm_invoker.container import Container, NotReady, Place, code_of
 from sllm_invoker.containers.base import ContainerSpec
-from sllm_invoker.instances import Container, NotReady, Place, code_of
 from sllm_invoker.runner.config import InstanceConfig, dumps
 
 LIMIT = 300.0

@@ -11,9 +11,7 @@ reported stopped or failed only after nothing of its process tree is alive, and 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,16 +19,13 @@ from pathlib import Path
 
 from sllm_faas import logging
 from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, WorkerLost, to_info
-from sllm_faas.spec import FunctionSpec, Span, Target, Timeline
-from sllm_faas.wire.bus import Parts
-from sllm_faas.wire.codec import decode_body, encode
+from sllm_faas.spec import Span, Timeline
+from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Start, Stop
 from sllm_invoker import ingests, secrets
-from sllm_invoker.bundles import Bundles
-from sllm_invoker.containers.base import ContainerSpec, Event, Exited, Handle, Output, Runtime
-from sllm_invoker.ingests import Ingests
-from sllm_invoker.logs import LogBook, Source
+from sllm_invoker.container import Container, NotReady, Place
+from sllm_invoker.containers.base import ContainerSpec
 from sllm_invoker.relay import Relay
 from sllm_invoker.relay_core import Instance
 from sllm_invoker.runner.config import InstanceConfig, dumps
@@ -39,86 +34,11 @@ STARTUP = 600.0
 """Seconds to become ready, where the function does not say."""
 EXIT_GRACE = 1.0
 """Seconds between the last output of a container that was told to leave and SIGKILL."""
+EXIT_HOOKS = 30.0
+"""Seconds for exit hooks, once nothing runs any more."""
+LOOK = 0.5
 LIMIT_FACTOR = 4
 LIMIT_FLOOR_MB = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What every instance of the node shares."""
-
-    node: str
-    directory: Path
-    secrets_dir: Path
-    runtime: Runtime
-    bundles: Bundles
-    ingests: Ingests
-    book: LogBook
-    memory_mb: int
-    """MiB of the node for all instances; one may at most use that."""
-
-
-class Container:
-    """One process tree and what its link says: the common part of instances and checks.
-
-    `started` resolves at READY, or raises what kept it from being ready."""
-
-    def __init__(self, place: Place, name: str, target: Target) -> None:
-        self.place = place
-        self.name = name
-        self.log: Source = place.book.source(name, target)
-        self.handle: Handle | None = None
-        self.ended: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
-        self.ready: asyncio.Future[Timeline] = asyncio.get_running_loop().create_future()
-        self.scratch = place.directory / "scratch" / name
-
-    async def start(self, spec: ContainerSpec) -> Handle:
-        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.handle = await self.place.runtime.start(spec, self._on_event)
-        return self.handle
-
-    def _on_event(self, event: Event) -> None:
-        if isinstance(event, Output):
-            self.log.feed(event.stream, event.data)
-            return
-        self.log.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        if not self.ready.done():
-            self.fail(to_info(StartFailed(f"the container ended {event} before it was ready.")))
-        if not self.ended.done():
-            self.ended.set_result(event)
-
-    def fail(self, error: ErrorInfo, timeline: Timeline | None = None) -> None:
-        if not self.ready.done():
-            self.ready.set_exception(NotReady(error, timeline or Timeline()))
-            self.ready.exception()  # whoever awaits it gets it; nobody need
-
-    def on_frame(self, header: Header, parts: Parts) -> None:
-        """A frame of its link that is not of an invocation. Raises WireError."""
-        body = decode_body(header.type, parts[0])
-        match header.type:
-            case Type.LOG:
-                self.log.records(body.records)
-            case Type.READY:
-                if not self.ready.done():
-                    self.ready.set_result(body.timeline)
-            case Type.START_FAILED:
-                self.fail(body.error, body.timeline)
-            case _:
-                pass  # HELLO, BYE: the process is watched by its pidfd
-
-    async def stop(self, grace: float = 0.0) -> None:
-        if self.handle is not None:
-            await self.handle.stop(grace)
-
-
-class NotReady(Exception):
-    """A container did not start; `error` says why."""
-
-    def __init__(self, error: ErrorInfo, timeline: Timeline) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.timeline = timeline
 
 
 @dataclass(slots=True, eq=False)
@@ -292,9 +212,13 @@ class Instances:
     def stop(self, stop: Stop) -> bool:
         """STOP; False for an instance that is not here (any more)."""
         entry = self._entries.get(stop.instance)
-        if entry is not None and entry.stopping is None:
+        if entry is None:
+            return False
+        if entry.stopping is None or stop.drain is not None:  # a later STOP may be less patient
+            if entry.stopping is not None:
+                entry.stopping.cancel()
             entry.stopping = self._loop.create_task(self._stop(entry, stop.drain))
-        return entry is not None
+        return True
 
     def kill(self, number: int, reason: str) -> None:
         """The relay asks for it: code in there does not end by itself."""
@@ -334,18 +258,27 @@ class Instances:
             await container.stop()
             return
         self._relay.send_container(entry.peer, encode(Header(Type.SHUTDOWN), Shutdown(drain)))
-        if not await self._ends(entry, drain):
+        if not await self._drained(entry, drain):
             self._relay.cancel_all(entry.number)
             await self._ends(entry, entry.start.spec.cancel_grace + EXIT_GRACE)
         await container.stop()
 
-    async def _ends(self, entry: Entry, seconds: float | None) -> bool:
-        """Whether the container ended by itself within `seconds`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.shield(entry.container.ended)
+    async def _drained(self, entry: Entry, drain: float | None) -> bool:
+        """Whether the container ended by itself: within `drain` seconds, its exit hooks within EXIT_HOOKS."""
+        until = None if drain is None else self._loop.time() + drain
+        idle = 0.0
+        while until is None or self._loop.time() < until:
+            if await self._ends(entry, LOOK if until is None else min(LOOK, until - self._loop.time())):
                 return True
+            idle = 0.0 if self._relay.core.running(entry.number) else idle + LOOK
+            if idle >= EXIT_HOOKS:
+                return False
         return False
+
+    async def _ends(self, entry: Entry, seconds: float) -> bool:
+        """Whether the container ends by itself within `seconds`."""
+        await asyncio.wait([entry.container.ended], timeout=seconds)
+        return entry.container.ended.done()
 
     async def _end(self, entry: Entry, state: InstanceState, error: ErrorInfo | None) -> None:
         await entry.container.stop()
@@ -401,8 +334,3 @@ class Instances:
             self._timeline(entry),
             entry.error,
         )
-
-
-def code_of(specs: tuple[FunctionSpec, ...]) -> tuple[FunctionSpec, ...]:
-    """Those that have code to import."""
-    return tuple(spec for spec in specs if spec.kind != "llm")

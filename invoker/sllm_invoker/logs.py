@@ -23,6 +23,7 @@ from sllm_faas import logging
 from sllm_faas.logging import RotatingFile
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import LogRecord
+from sllm_invoker.runner.output import Rate
 
 MAX_BYTES = 64 * 1024 * 1024
 KEEP = 3
@@ -132,7 +133,8 @@ class LogBook:
 
 
 class Source:
-    """One instance's lines on their way into the book. Partial lines wait until they are whole, or too long."""
+    """One instance's lines on their way into the book. Partial lines wait until they are whole, or too long; a flood of
+    them is cut to a rate and counted, so that it costs the node no more than that."""
 
     def __init__(self, book: LogBook, instance: str, target: Target) -> None:
         self._book = book
@@ -143,6 +145,7 @@ class Source:
             "instance": instance,
         }
         self._partial: dict[str, bytes] = {}
+        self._rate = Rate()
 
     def records(self, records: tuple[LogRecord, ...]) -> None:
         self._book.add([self._record(r.time, r.level, r.stream, r.text, r.invocation) for r in records])
@@ -155,10 +158,14 @@ class Source:
             rest = rest[MAX_LINE:]
         if rest:
             self._partial[stream] = rest
-        now = time.time()
+        now, clock = time.time(), time.monotonic()
         records = [
-            self._record(now, "info", stream, line[:MAX_LINE].decode(errors="replace")) for line in lines if line
+            self._record(now, "info", stream, line[:MAX_LINE].decode(errors="replace"))
+            for line in lines
+            if line and self._rate.admit(clock)
         ]
+        if dropped := self._rate.take_dropped():
+            records.append(self._record(now, "warning", "platform", f"dropped {dropped} lines"))
         if records:
             self._book.add(records)
 

@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from sllm_invoker.bundles import Bundles
+
 from sllm_faas import bundle
 from sllm_faas.errors import BadSpec, NotFound, SllmError
 from sllm_faas.wire.messages import BundleGet, BundlePart
-from sllm_invoker.bundles import Bundles
 
 
 class Controller:

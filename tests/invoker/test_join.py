@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from sllm_invoker.containers import tree
+
 from sllm_faas.config import Config
 from sllm_faas.wire.bus import CurveKeys, Dealer, Parts, Router
 from sllm_faas.wire.codec import decode, encode
 from sllm_faas.wire.curve import Admission, JoinToken
 from sllm_faas.wire.header import Header, Type, unpack
 from sllm_faas.wire.messages import Hello, NodeInfo, Welcome
-from sllm_invoker.containers import tree
 
 pytestmark = pytest.mark.e2e
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sllm_invoker.logs import MAX_LINE, Filter, LogBook, Record
+
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import LogRecord
-from sllm_invoker.logs import MAX_LINE, Filter, LogBook, Record
 
 TARGET = Target("app", "f", 3)
 
@@ -82,3 +83,10 @@ def test_a_follower_hears_what_matches_until_it_fails(tmp_path: Path) -> None:
 def test_a_line_cut_by_a_crash_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "node-0.jsonl").write_bytes(b'{"text": "whole"}\n{"text": "cu')
     assert texts(LogBook(tmp_path, "node-0").read(Filter())) == ["whole"]
+
+
+def test_a_flood_is_cut_and_counted(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, "node-0")
+    book.source("ins-1", TARGET).feed("stdout", b"x\n" * 30_000)
+    found = texts(book.read(Filter(lines=10_000)))
+    assert len(found) < 10_000 and found[-1].startswith("dropped ")

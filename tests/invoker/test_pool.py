@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec
 from sllm_invoker.containers.pool import BASE, Layer, Pool, path
+
+from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec
 
 LLM = FunctionSpec("m", kind="llm", checkpoint=CheckpointSpec("x"))
 

@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from sllm_invoker.relay import Relay, RelayEvents
+from sllm_invoker.relay_core import Instance, RelayCore
+
 from sllm_faas.errors import WireError
 from sllm_faas.spec import Target, Timeline
 from sllm_faas.wire.bus import Dealer, Parts
 from sllm_faas.wire.codec import decode_body, encode, pack
 from sllm_faas.wire.header import NO_LIMIT, Header, Type, unpack
 from sllm_faas.wire.messages import Done, Hello, Invoke, Request, Want
-from sllm_invoker.relay import Relay, RelayEvents
-from sllm_invoker.relay_core import Instance, RelayCore
 
 TARGET = Target("app", "f", 1)
 GATEWAY = b"gateway-0:x"

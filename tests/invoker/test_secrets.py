@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sllm_faas.errors import Forbidden, NotFound
 from sllm_invoker.secrets import resolve
+
+from sllm_faas.errors import Forbidden, NotFound
 
 
 def test_the_environment_comes_first(tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -33,6 +32,7 @@ from sllm_invoker.containers import pool, tree, zygote
 from sllm_invoker.containers.base import ContainerSpec, Exited, ForkFailed, OnEvent, Output, Stats
 from sllm_invoker.containers.cgroup import Cgroups
 from sllm_invoker.containers.pool import Layer, Pool
+from sllm_invoker.containers.zygote_link import ZygoteDied, ZygoteLink
 
 READ = 64 * 1024
 TRIES = 4
@@ -47,104 +47,8 @@ ONE_THREAD = {
 }
 """Environment of zygotes: a process with threads cannot be forked safely."""
 
-
-class ZygoteDied(ForkFailed):
-    """The zygote ended before it answered; worth another try."""
-
-    code = "zygote_died"
-
-
-class _Zygote:
-    """The invoker's end of one zygote."""
-
-    def __init__(self, layer: Layer, control: socket.socket, on_exit: Callable[[int, int], None]) -> None:
-        self.layer = layer
-        self.pid = 0
-        self._control = control
-        self._on_exit = on_exit
-        self._loop = asyncio.get_running_loop()
-        self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._requests: dict[int, asyncio.Future[tuple[int, int]]] = {}
-        self._next = 0
-        self._queue: deque[tuple[dict[str, Any], list[int]]] = deque()
-        control.setblocking(False)
-        self._loop.add_reader(control, self._readable)
-
-    def request(self, message: dict[str, Any], fds: list[int]) -> asyncio.Future[tuple[int, int]]:
-        """Resolves to (pid, pidfd). `fds` are duplicated; they stay the caller's."""
-        self._next += 1
-        future: asyncio.Future[tuple[int, int]] = self._loop.create_future()
-        if self.ended.done():
-            future.set_exception(ZygoteDied(f"zygote {self.layer.key} has ended"))
-            return future
-        self._requests[self._next] = future
-        self._queue.append(({**message, "request": self._next}, [os.dup(fd) for fd in fds]))
-        self._flush()
-        return future
-
-    def _flush(self) -> None:
-        try:
-            while self._queue:
-                message, fds = self._queue[0]
-                zygote.send(self._control, message, fds)
-                self._queue.popleft()
-                for fd in fds:
-                    os.close(fd)
-            self._loop.remove_writer(self._control)
-        except BlockingIOError:
-            self._loop.add_writer(self._control, self._flush)
-        except OSError:
-            self.close()
-
-    def _readable(self) -> None:
-        try:
-            while (received := zygote.receive(self._control)) is not None:
-                self._handle(*received)
-            self.close()
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):
-            self.close()
-
-    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
-        match message["op"]:
-            case "ready" | "error":
-                if not self.ready.done():
-                    self.ready.set_result(message)
-            case "exited":
-                self._on_exit(message["pid"], message["status"])
-            case "forked":
-                future = self._requests.pop(message["request"], None)
-                if future is None or future.done():
-                    tree.kill(message["pid"])
-                    os.close(fds[0])
-                else:
-                    future.set_result((message["pid"], fds[0]))
-            case "failed":
-                future = self._requests.pop(message["request"], None)
-                if future is not None and not future.done():
-                    future.set_exception(ForkFailed(f"no new process could be made: {message['error']}"))
-
-    def close(self) -> None:
-        """End it; what it forked lives on. Idempotent."""
-        if self.ended.done():
-            return
-        self.ended.set_result(None)
-        self._loop.remove_reader(self._control)
-        self._loop.remove_writer(self._control)
-        self._control.close()
-        for _, fds in self._queue:
-            for fd in fds:
-                os.close(fd)
-        self._queue.clear()
-        died = ZygoteDied(f"zygote {self.layer.key} died")
-        if not self.ready.done():
-            self.ready.set_result({"op": "died"})
-        for future in self._requests.values():
-            if not future.done():
-                future.set_exception(died)
-        self._requests.clear()
+PRIVATE = ("SLLM_SECRET_", "SLLM_JOIN")
+"""Beginnings of the environment variables that no function may inherit."""
 
 
 class ProcessHandle:
@@ -245,13 +149,15 @@ class ProcessRuntime:
     ) -> None:
         self._tree = processes
         self._entry = entry
-        self._env = {**(os.environ if env is None else env), **ONE_THREAD, tree.MARK: processes.mark}
+        given = os.environ if env is None else env
+        kept = {name: value for name, value in given.items() if not name.startswith(PRIVATE)}
+        self._env = {**kept, **ONE_THREAD, tree.MARK: processes.mark}
         self._log = logging.get("invoker").bind(node=node)
         self._loop = asyncio.get_running_loop()
         self._lifeline_r, self._lifeline_w = os.pipe2(os.O_CLOEXEC)
         self.pool = policy or Pool()
-        self._zygotes: dict[str, _Zygote] = {}
-        self._making: dict[str, asyncio.Task[_Zygote]] = {}
+        self._zygotes: dict[str, ZygoteLink] = {}
+        self._making: dict[str, asyncio.Task[ZygoteLink]] = {}
         self._handles: dict[int, ProcessHandle] = {}
         self._cgroups = Cgroups(node)
         self._cgroups.clean()
@@ -273,7 +179,7 @@ class ProcessRuntime:
         assert last is not None
         raise ForkFailed(f"{last.message}, {TRIES} times", hint="The invoker's log shows why.")
 
-    async def _fork(self, handle: ProcessHandle, parent: _Zygote) -> ProcessHandle:
+    async def _fork(self, handle: ProcessHandle, parent: ZygoteLink) -> ProcessHandle:
         spec = handle.spec
         groups = self._cgroups.make(spec.name, spec.memory_limit_mb)
         config = _memfd(spec.config)
@@ -340,9 +246,9 @@ class ProcessRuntime:
                 found.close()
                 self._tree.remove(found.pid)
 
-    async def _zygote(self, layers: list[Layer], spec: ContainerSpec | None) -> _Zygote:
+    async def _zygote(self, layers: list[Layer], spec: ContainerSpec | None) -> ZygoteLink:
         """The zygote of the last of `layers`, made through the ones before it where they are missing."""
-        parent: _Zygote | None = None
+        parent: ZygoteLink | None = None
         for layer in layers:
             found = self._zygotes.get(layer.key)
             if found is None:
@@ -357,15 +263,15 @@ class ProcessRuntime:
         assert parent is not None
         return parent
 
-    def _made(self, key: str, _: asyncio.Task[_Zygote]) -> None:
+    def _made(self, key: str, _: asyncio.Task[ZygoteLink]) -> None:
         self._making.pop(key, None)
 
-    async def _make(self, layer: Layer, parent: _Zygote | None, spec: ContainerSpec | None) -> _Zygote:
+    async def _make(self, layer: Layer, parent: ZygoteLink | None, spec: ContainerSpec | None) -> ZygoteLink:
         wait = self.pool.wait(layer.key, self._loop.time())
         if wait:
             await asyncio.sleep(wait)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        made = _Zygote(layer, ours, self._child_exited)
+        made = ZygoteLink(layer, ours, self._child_exited)
         try:
             made.pid = await self._spawn(layer, parent, spec, theirs)
         except BaseException:
@@ -391,7 +297,7 @@ class ProcessRuntime:
         return made
 
     async def _spawn(
-        self, layer: Layer, parent: _Zygote | None, spec: ContainerSpec | None, control: socket.socket
+        self, layer: Layer, parent: ZygoteLink | None, spec: ContainerSpec | None, control: socket.socket
     ) -> int:
         if parent is None:
             command = [sys.executable, "-P", "-m", "sllm_invoker.containers.zygote"]
@@ -419,7 +325,7 @@ class ProcessRuntime:
         os.close(pidfd)
         return pid
 
-    def _zygote_ended(self, ended: _Zygote) -> None:
+    def _zygote_ended(self, ended: ZygoteLink) -> None:
         key = ended.layer.key
         if self._closed or self._zygotes.get(key) is not ended:
             return
