@@ -176,6 +176,7 @@ class Agent:
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
         self.runtime.tidy()
+        self.instances.refresh()
         stats = node.stats(self.directory, self.config.node_memory_mb, len(self.instances))
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats

@@ -52,6 +52,8 @@ class Entry:
     state: InstanceState = "starting"
     spans: list[Span] = field(default_factory=list)
     error: ErrorInfo | None = None
+    told: int = 0
+    """How many invocations ran in it by the last report."""
     work: asyncio.Task[None] | None = None
     stopping: asyncio.Task[None] | None = None
 
@@ -75,6 +77,12 @@ class Instances:
 
     def reports(self) -> tuple[InstanceReport, ...]:
         return tuple(self._describe(entry) for entry in self._entries.values())
+
+    def refresh(self) -> None:
+        """Report those in which another number of invocations runs than was told. To be called now and then."""
+        for entry in self._entries.values():
+            if entry.state in ("ready", "draining") and self._relay.core.running(entry.number) != entry.told:
+                self._report(self._describe(entry))
 
     def bundles(self) -> set[str]:
         return {entry.start.bundle for entry in self._entries.values()}
@@ -322,6 +330,7 @@ class Instances:
 
     def _describe(self, entry: Entry) -> InstanceReport:
         handle = entry.container.handle
+        entry.told = self._relay.core.running(entry.number)
         return InstanceReport(
             entry.start.instance,
             entry.number,
@@ -330,7 +339,7 @@ class Instances:
             entry.start.spec.concurrency,
             handle.warmth if handle else "cold",
             handle.pid if handle else 0,
-            self._relay.core.running(entry.number),
+            entry.told,
             self._timeline(entry),
             entry.error,
         )

@@ -17,7 +17,7 @@ from sllm_invoker.containers import tree
 
 from sllm_faas import bundle
 from sllm_faas.config import Config
-from sllm_faas.spec import AppSpec, FunctionSpec, MethodSpec, Target
+from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, Target
 from sllm_faas.wire.bus import Dealer, Parts, Router
 from sllm_faas.wire.codec import Frame, decode, encode, pack, unpack_as
 from sllm_faas.wire.header import NO_LIMIT, Header, Type
@@ -25,6 +25,7 @@ from sllm_faas.wire.messages import (
     BundlePart,
     Check,
     Hello,
+    Ingest,
     InstanceReport,
     Invoke,
     Request,
@@ -381,3 +382,29 @@ async def test_the_invoker_imports_no_torch(node: Node) -> None:
     assert "libtorch" not in maps
     log = (node.config.state_dir / "invoker.log").read_text()
     assert json.loads(log.splitlines()[-1])
+
+
+async def test_what_runs_is_reported_now_and_then(node: Node) -> None:
+    report = await node.start("wait")
+    node.invoke(1, report.number)
+    await node.frame(Type.INSTANCE, lambda f: f.body.instance == "ins-wait" and f.body.running == 1)
+
+
+async def test_requests_are_answered_and_bad_ones_refused_by_name(node: Node) -> None:
+    async def ask(op: str, body: bytes) -> Any:
+        identity = os.urandom(16)
+        node.say(Header(Type.REQUEST, identity), Request(op, body))
+        return (await node.frame(Type.REPLY, lambda f: f.header.id == identity)).body
+
+    assert unpack_as(dict[str, list[Any]], (await ask("checkpoint.list", pack({}))).body) == {"checkpoints": []}
+    assert (await ask("checkpoint.pin", pack({"ref": "nothing"}))).error.code == "checkpoint_unavailable"
+    assert (await ask("checkpoint.pin", pack({"ref": 5}))).error.code == "bad_request"
+    assert (await ask("logs.read", b"\xc1")).error.code == "bad_request"
+    assert (await ask("format.disk", pack({}))).error.code == "not_found"
+
+
+async def test_a_checkpoint_that_is_none_fails_its_ingest_with_the_reason(node: Node) -> None:
+    node.command(Type.INGEST, Ingest("req-1", CheckpointSpec(str(node.config.state_dir / "nowhere")), "nothing"))
+    ingested = (await node.frame(Type.INGESTED)).body
+    assert ingested.request == "req-1" and not ingested.digest
+    assert ingested.error.code in ("checkpoint_unavailable", "invalid_spec")

@@ -251,6 +251,9 @@ class ProcessRuntime:
         parent: ZygoteLink | None = None
         for layer in layers:
             found = self._zygotes.get(layer.key)
+            if found is not None and found.ended.done():  # its callback is still to come
+                self._zygote_ended(found)
+                found = None
             if found is None:
                 task = self._making.get(layer.key)
                 if task is None:
