@@ -18,7 +18,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 from sllm_faas.dispatch.fences import Verdict, judge
 from sllm_faas.dispatch.invocation import CANCEL_INTERVAL, Due, Invocation, State, TargetClock
@@ -26,20 +25,16 @@ from sllm_faas.dispatch.queue import WaitQueue
 from sllm_faas.dispatch.routes import RouteTable
 from sllm_faas.dispatch.slots import Instance, SlotTable
 from sllm_faas.errors import (
-    Cancelled,
-    DeadlineExceeded,
     ErrorInfo,
     NotFound,
-    QueueFull,
     SllmError,
     WireError,
-    WorkerLost,
     to_info,
 )
 from sllm_faas.spec import Target
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts, PeerBusy, PeerGone
-from sllm_faas.wire.header import NO_LIMIT, Header, Type
+from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import (
     Demand,
     Done,
@@ -52,21 +47,15 @@ from sllm_faas.wire.messages import (
     TargetFailed,
     Want,
 )
-from sllm_gateway import frames
+from sllm_gateway import ends, frames
 from sllm_gateway.alarm import Alarm
 from sllm_gateway.demand import DemandReporter
 from sllm_gateway.handle import Call, Ended, Handle
-from sllm_gateway.rpc import Answers, Rpc
+from sllm_gateway.rpc import Answers, Link, Rpc
 
 REFUSAL_PAUSE = 0.05
 """Seconds for which an instance that refused without a new grant is left alone."""
 _RETRYABLE = frozenset({"function_error", "worker_lost"})
-
-
-class Link(Protocol):
-    """`send` raises PeerGone or PeerBusy."""
-
-    def send(self, parts: Parts) -> None: ...
 
 
 class Dispatcher:
@@ -111,17 +100,7 @@ class Dispatcher:
     def submit(self, call: Call) -> Handle:
         """Run `call`, now or when a slot is free. Raises QueueFull."""
         now = self.clock()
-        inv = Invocation(
-            call.id,
-            call.target,
-            now,
-            method=call.method,
-            stream=call.stream,
-            encoding=call.encoding,
-            timeouts=call.timeouts,
-            retries=call.retries,
-            credit=self.window if call.stream else NO_LIMIT,
-        )
+        inv = call.begin(now, self.window)
         handle = Handle(self, inv, call, time.time())
         if not self.queue.waiting(call.target):
             slot = self.slots.reserve(call.target)
@@ -144,7 +123,7 @@ class Dispatcher:
         inv = handle.inv
         if inv.state in (State.CANCELLING, State.ENDED):
             return
-        self._give_up(handle, to_info(Cancelled("The invocation was cancelled.")))
+        self._give_up(handle, ends.cancelled())
 
     def abandon(self, error: SllmError) -> None:
         """Give up everything that has not ended: the process is about to leave."""
@@ -167,9 +146,6 @@ class Dispatcher:
 
     def handles(self) -> list[Handle]:
         return list(self._handles.values())
-
-    def waiting(self) -> int:
-        return len(self.queue)
 
     def __len__(self) -> int:
         """Invocations whose end is not known yet."""
@@ -201,9 +177,7 @@ class Dispatcher:
         if rpc is not None:
             rpc.down()
         targets = {instance.target for instance in self.slots.drop_node(node)}
-        lost = to_info(
-            WorkerLost(f"The invoker {node} was lost while the invocation ran there.", hint="It can be called again.")
-        )
+        lost = ends.node_lost(node)
         for handle in [handle for handle in self._handles.values() if handle.node == node]:
             self._attempt_failed(handle, lost)
         self._ready_changed(targets)
@@ -319,11 +293,11 @@ class Dispatcher:
             return
         self.drops[verdict.value] += 1
         if verdict in (Verdict.GAP, Verdict.OVERRUN):
-            error = WorkerLost(f"The stream broke: {verdict.value} at output {inv.wanted}.", hint="Call it again.")
+            error = ends.broken(verdict.value, inv.wanted)
             if header.type is Type.OUTPUT:
-                self._give_up(handle, to_info(error))
+                self._give_up(handle, error)
             else:
-                self._finish(handle, Ended(error=to_info(error)))
+                self._finish(handle, Ended(error=error))
 
     def _believe(self, handle: Handle, frame: codec.Frame, skip: int) -> None:
         header, body, inv = frame.header, frame.body, handle.inv
@@ -348,8 +322,7 @@ class Dispatcher:
             assert isinstance(body, Failed)
             self._attempt_failed(handle, body.error, body.seconds)
         elif header.type is Type.CANCELLED:
-            stopped = WorkerLost("The instance was stopped while the invocation ran.", hint="It can be called again.")
-            self._finish(handle, Ended(error=to_info(stopped)))
+            self._finish(handle, Ended(error=ends.stopped()))
         else:
             assert isinstance(body, Refused)
             self._refused(handle, body)
@@ -367,7 +340,7 @@ class Dispatcher:
         now = self.clock()
         self._release(handle)
         if handle.call is None or inv.state is State.CANCELLING:
-            self._finish(handle, Ended(error=to_info(WorkerLost(f"The invoker refused it: {body.reason}."))))
+            self._finish(handle, Ended(error=ends.refused(body.reason)))
             return
         clock = self._clock_of(inv.target)
         inv.refuse(now, clock)
@@ -493,14 +466,9 @@ class Dispatcher:
         handle.call = None
 
     def _shed(self, inv: Invocation, now: float) -> None:
-        full = QueueFull(
-            f"The whole queue is full ({self.queue.limit}) and app {inv.target.app!r} has more than its share of it.",
-            hint="The platform is overloaded; try again later.",
-            retry_after=1.0,
-        )
         inv.finish(now)
         self._demand.changed(inv.target)
-        self._forget_handle(self._by_inv[inv], Ended(error=to_info(full)))
+        self._forget_handle(self._by_inv[inv], Ended(error=ends.shed(inv.target.app, self.queue.limit)))
 
     def _fail_waiting(self, target: Target, error: ErrorInfo) -> None:
         for inv in list(self.queue.items(target)):
@@ -533,14 +501,7 @@ class Dispatcher:
             self._reroute(inv.target)
             self._pump(inv.target)
         else:
-            limit = getattr(inv.timeouts, due.what)
-            hint = "No instance became ready in time." if due.what == "startup" else ""
-            error = DeadlineExceeded(
-                f"The {due.what} timeout of {inv.target.app}/{inv.target.function} passed ({limit:g} s).",
-                phase=due.what,
-                hint=hint,
-            )
-            self._give_up(handle, to_info(error))
+            self._give_up(handle, ends.overdue(inv, due.what))
 
     # -- targets ---------------------------------------------------------------------------------------------
 
@@ -582,8 +543,7 @@ class Dispatcher:
                 self._alarm.set(inv, inv.due(now, clock))
                 kept.append(inv)
             else:
-                lost = NotFound(f"{target.app}/{target.function} has no {inv.method!r} since version {new.version}.")
-                self._finish(self._by_inv[inv], Ended(error=to_info(lost)))
+                self._finish(self._by_inv[inv], Ended(error=ends.method_gone(new, inv.method)))
         self.queue.put_back(kept)
         self._demand.changed(target)
         if kept:

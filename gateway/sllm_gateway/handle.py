@@ -18,6 +18,7 @@ from sllm_faas.dispatch.invocation import Invocation
 from sllm_faas.dispatch.slots import Instance
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import Encoding, RetryPolicy, Target, Timeouts
+from sllm_faas.wire.header import NO_LIMIT
 
 if TYPE_CHECKING:
     from sllm_gateway.dispatcher import Dispatcher
@@ -39,6 +40,20 @@ class Call:
     weight: float = 1.0
     caller: str = ""
     context: bytes = b""
+
+    def begin(self, now: float, window: int) -> Invocation:
+        """The invocation of this call, submitted at `now`; a stream may send `window` outputs ahead of its reader."""
+        return Invocation(
+            self.id,
+            self.target,
+            now,
+            method=self.method,
+            stream=self.stream,
+            encoding=self.encoding,
+            timeouts=self.timeouts,
+            retries=self.retries,
+            credit=window if self.stream else NO_LIMIT,
+        )
 
 
 @dataclass(frozen=True, slots=True)

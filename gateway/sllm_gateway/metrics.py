@@ -74,7 +74,7 @@ class Metrics:
 
     def sync(self, dispatcher: Dispatcher) -> None:
         """Bring what is counted elsewhere up to date."""
-        waiting = dispatcher.waiting()
+        waiting = len(dispatcher.queue)
         self._waiting.set(waiting)
         self._running.set(len(dispatcher) - waiting)
         self._links.set(len(dispatcher.linked()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -19,6 +19,12 @@ from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import Reply, Request
 
 TIMEOUT = 30.0
+
+
+class Link(Protocol):
+    """A way to a peer. `send` raises PeerGone or PeerBusy."""
+
+    def send(self, parts: Parts) -> None: ...
 
 
 class Rpc:
