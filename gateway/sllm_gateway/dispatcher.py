@@ -37,12 +37,8 @@ from sllm_faas.wire.bus import Parts, PeerBusy, PeerGone
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import (
     Demand,
-    Done,
-    Failed,
     Grant,
     Refused,
-    Routes,
-    RoutesDelta,
     TargetDemand,
     TargetFailed,
     Want,
@@ -147,6 +143,9 @@ class Dispatcher:
     def handles(self) -> list[Handle]:
         return list(self._handles.values())
 
+    def waiting(self) -> int:
+        return len(self.queue)
+
     def __len__(self) -> int:
         """Invocations whose end is not known yet."""
         return len(self._handles)
@@ -192,16 +191,13 @@ class Dispatcher:
         body = frame.body
         match frame.header.type:
             case Type.ROUTES:
-                assert isinstance(body, Routes)
                 self.routes.replace(body)
                 self._rerouted()
             case Type.ROUTES_DELTA:
-                assert isinstance(body, RoutesDelta)
                 if not self.routes.apply(body):
                     return False
                 self._rerouted()
             case Type.TARGET_FAILED:
-                assert isinstance(body, TargetFailed)
                 self._target_failed(body)
             case Type.REPLY:
                 if not self.controller.on_reply(frame.header.id, body):
@@ -315,16 +311,13 @@ class Dispatcher:
                 self._alarm.set(inv, inv.running_due())
             handle.deliver(outputs[skip:] if skip else outputs)
         elif header.type is Type.DONE:
-            assert isinstance(body, Done)
             payload = frames.result(body, frame.buffers)
             self._finish(handle, Ended(payload, None, body.seconds, body.usage, body.spans))
         elif header.type is Type.FAILED:
-            assert isinstance(body, Failed)
             self._attempt_failed(handle, body.error, body.seconds)
         elif header.type is Type.CANCELLED:
             self._finish(handle, Ended(error=ends.stopped()))
         else:
-            assert isinstance(body, Refused)
             self._refused(handle, body)
 
     def _refused(self, handle: Handle, body: Refused) -> None:

@@ -74,7 +74,7 @@ class Metrics:
 
     def sync(self, dispatcher: Dispatcher) -> None:
         """Bring what is counted elsewhere up to date."""
-        waiting = len(dispatcher.queue)
+        waiting = dispatcher.waiting()
         self._waiting.set(waiting)
         self._running.set(len(dispatcher) - waiting)
         self._links.set(len(dispatcher.linked()))

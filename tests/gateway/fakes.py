@@ -366,7 +366,7 @@ class Rig:
             while len(dispatcher):
                 await asyncio.sleep(0)
         dispatcher.validate()
-        assert not len(dispatcher.queue)
+        assert not dispatcher.waiting()
         assert not dispatcher.slots.in_flight()
 
 
