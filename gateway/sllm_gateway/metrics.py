@@ -11,7 +11,7 @@ from collections import Counter as Count
 from typing import Any
 
 import prometheus_client as prometheus
-from prometheus_client import multiprocess
+from prometheus_client import multiprocess, values
 
 from sllm_gateway.dispatcher import Dispatcher
 from sllm_gateway.exchange import Exchange
@@ -25,6 +25,10 @@ MAX_SERIES = 5_000
 class Metrics:
     def __init__(self, registry: Any = None) -> None:
         self._shared = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+        if self._shared:
+            # A gateway never forks: asking the kernel for its pid at every increment would be most of their cost.
+            pid = os.getpid()
+            values.ValueClass = values.MultiProcessValue(lambda: pid)
         self._registry = registry or prometheus.CollectorRegistry()
         registry = self._registry
         self._requests = prometheus.Counter(

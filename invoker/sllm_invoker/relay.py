@@ -60,6 +60,7 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._liveness: Liveness[bytes] = Liveness()
         self._settling = False
+        self._outgoing: list[Send] = []
         self._beat = 0.0
         self._gateways = Router(endpoint, self._from_gateway, keys=keys)
         self._containers = Router(container_endpoint, self._from_container)
@@ -101,6 +102,7 @@ class Relay:
 
     def send_container(self, peer: bytes, parts: Parts) -> bool:
         """False when the container is not connected or does not read."""
+        self._flush()
         try:
             self._containers.send(peer, parts)
         except (PeerGone, PeerBusy):
@@ -150,6 +152,7 @@ class Relay:
         def answer(reply: Reply) -> None:
             if peer not in self._liveness:
                 raise PeerGone(f"gateway {peer.decode(errors='replace')} is gone")
+            self._flush()
             self._gateways.send(peer, encode(header._replace(type=Type.REPLY), reply))
 
         return answer
@@ -195,16 +198,18 @@ class Relay:
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
-                if action.to == "gateway":
-                    self._send_gateway(action.peer, action.parts)
-                else:
-                    self._send_instance(action)
+                self._outgoing.append(action)
+                self._settle_soon()
             elif isinstance(action, Kill):
                 self._events.kill(action.instance, action.reason)
             elif isinstance(action, Drain):
                 self._events.drain(action.instance, action.reason)
 
     def _send_gateway(self, peer: bytes, parts: Parts) -> None:
+        self._flush()
+        self._send_now(peer, parts)
+
+    def _send_now(self, peer: bytes, parts: Parts) -> None:
         try:
             self._gateways.send(peer, parts)
         except (PeerGone, PeerBusy):
@@ -229,6 +234,16 @@ class Relay:
     def _settle(self) -> None:
         self._settling = False
         self._perform(self.core.settle())
+        self._flush()
+
+    def _flush(self) -> None:
+        """What was decided in one wake-up goes out together: waking ZeroMQ's own thread costs more than a message."""
+        outgoing, self._outgoing = self._outgoing, []
+        for action in outgoing:
+            if action.to == "gateway":
+                self._send_now(action.peer, action.parts)
+            else:
+                self._send_instance(action)
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)

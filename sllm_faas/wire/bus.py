@@ -19,7 +19,7 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,27 @@ def check_endpoint(endpoint: str, curve: bool) -> None:
         raise BadSpec(f"endpoint {endpoint!r} has scheme {scheme!r}; allowed: ipc, tcp")
 
 
+# The C functions under pyzmq's `send_multipart` and `recv_multipart`: those check again, for each part of each message,
+# what is known here, and cost as much as the system calls.
+_send = zmq.backend.Socket.send
+_receive = zmq.backend.Socket.recv
+
+
+def send_parts(socket: zmq.SyncSocket, parts: Sequence[bytes]) -> None:
+    """Send one message without blocking. Raises zmq.Again, and then nothing of it was sent."""
+    for part in parts[:-1]:
+        _send(socket, part, zmq.NOBLOCK | zmq.SNDMORE)
+    _send(socket, parts[-1], zmq.NOBLOCK)
+
+
+def receive_parts(socket: zmq.SyncSocket) -> Parts:
+    """The next message, without blocking. Raises zmq.Again when there is none."""
+    parts = [_receive(socket, zmq.NOBLOCK)]
+    while socket.getsockopt(zmq.RCVMORE):
+        parts.append(_receive(socket))
+    return parts
+
+
 class _Socket(ABC):
     def __init__(self, kind: int) -> None:
         self._zmq: zmq.SyncSocket = zmq.Context.instance().socket(kind)
@@ -108,10 +129,10 @@ class _Socket(ABC):
         self._scheduled = False
         if self._closed:
             return
-        receive = self._zmq.recv_multipart
+        socket = self._zmq
         try:
             for _ in range(BURST):
-                self._deliver(receive(zmq.NOBLOCK))
+                self._deliver(receive_parts(socket))
                 if self._closed:
                     return
         except zmq.Again:
@@ -176,7 +197,7 @@ class Dealer(_Socket):
             self._put_aside(parts)
             return
         try:
-            self._zmq.send_multipart(parts, zmq.NOBLOCK)
+            send_parts(self._zmq, parts)
         except zmq.Again:
             self._put_aside(parts)
             return
@@ -194,7 +215,7 @@ class Dealer(_Socket):
             return
         try:
             while self._outbox:
-                self._zmq.send_multipart(self._outbox[0], zmq.NOBLOCK)
+                send_parts(self._zmq, self._outbox[0])
                 self._outbox.popleft()
         except zmq.Again:
             self._loop.call_later(_RETRY, self._flush)
@@ -246,7 +267,7 @@ class Router(_Socket):
             self._put_aside(peer, parts)
             return
         try:
-            self._zmq.send_multipart([peer, *parts], zmq.NOBLOCK)
+            send_parts(self._zmq, (peer, *parts))
         except zmq.Again:
             self._put_aside(peer, parts)
             return
@@ -270,7 +291,7 @@ class Router(_Socket):
             return
         try:
             while queue:
-                self._zmq.send_multipart([peer, *queue[0]], zmq.NOBLOCK)
+                send_parts(self._zmq, (peer, *queue[0]))
                 queue.popleft()
         except zmq.Again:
             self._loop.call_later(_RETRY, self._flush, peer)

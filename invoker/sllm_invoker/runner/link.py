@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
+from sllm_faas.wire.bus import receive_parts, send_parts
 from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import MAX_FRAME, Log, LogRecord
@@ -181,15 +182,15 @@ class ZmqLink(Outbox):
         while True:
             # Asked again after every send: that may have consumed the descriptor's edge for what is now readable.
             while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
-                self.receiver(socket.recv_multipart(zmq.NOBLOCK))
+                self.receiver(receive_parts(socket))
             try:
                 if blocked is not None:
-                    socket.send_multipart(blocked, zmq.NOBLOCK)
+                    send_parts(socket, blocked)
                     blocked = None
                 sent = 0
                 for parts in frames:
                     blocked = parts
-                    socket.send_multipart(parts, zmq.NOBLOCK)
+                    send_parts(socket, parts)
                     blocked = None
                     sent += 1
             except zmq.Again:
