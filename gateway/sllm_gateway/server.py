@@ -39,13 +39,40 @@ LAST_WORDS = 2.0
 """Seconds to write what ended at the end of the grace."""
 
 
+class _Corked:
+    """A transport whose writes of one wake-up leave as one: uvicorn writes head and body of an answer apart, and the
+    second system call costs more than anything else the gateway does for it."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces:
+            self._call_soon(self._flush)
+        self._pieces.append(data)
+
+    def _flush(self) -> None:
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+
 class _Protocol(HttpToolsProtocol):
     """Notes since when it waits for headers; 0 while it does not."""
 
     waiting_since = 0.0
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(_Corked(transport))  # type: ignore[arg-type]
         self.waiting_since = time.monotonic()
 
     def on_message_begin(self) -> None:

@@ -75,25 +75,34 @@ def check_endpoint(endpoint: str, curve: bool) -> None:
         raise BadSpec(f"endpoint {endpoint!r} has scheme {scheme!r}; allowed: ipc, tcp")
 
 
-# The C functions under pyzmq's `send_multipart` and `recv_multipart`: those check again, for each part of each message,
-# what is known here, and cost as much as the system calls.
+# The C functions under pyzmq's methods, and plain numbers for its enumerations: the methods check again, for each part
+# of each message, what is known here, and cost as much as the system calls.
 _send = zmq.backend.Socket.send
 _receive = zmq.backend.Socket.recv
+_get = zmq.backend.Socket.get
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_RCVMORE, _EVENTS, _POLLIN = int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
 
 
 def send_parts(socket: zmq.SyncSocket, parts: Sequence[bytes]) -> None:
     """Send one message without blocking. Raises zmq.Again, and then nothing of it was sent."""
     for part in parts[:-1]:
-        _send(socket, part, zmq.NOBLOCK | zmq.SNDMORE)
-    _send(socket, parts[-1], zmq.NOBLOCK)
+        _send(socket, part, _MORE)
+    _send(socket, parts[-1], _NOBLOCK)
 
 
 def receive_parts(socket: zmq.SyncSocket) -> Parts:
     """The next message, without blocking. Raises zmq.Again when there is none."""
-    parts = [_receive(socket, zmq.NOBLOCK)]
-    while socket.getsockopt(zmq.RCVMORE):
-        parts.append(_receive(socket))
+    parts = [_receive(socket, _NOBLOCK)]
+    while _get(socket, _RCVMORE):
+        parts.append(_receive(socket, _NOBLOCK))
     return parts
+
+
+def readable(socket: zmq.SyncSocket) -> bool:
+    """Whether a message can be received. To be asked after every send: sending may consume the descriptor's edge."""
+    events = _get(socket, _EVENTS)
+    return isinstance(events, int) and bool(events & _POLLIN)
 
 
 class _Socket(ABC):
@@ -140,10 +149,7 @@ class _Socket(ABC):
         self._schedule()
 
     def _sent(self) -> None:
-        # A send may consume the descriptor's edge for a message that has just become readable.
-        events = self._zmq.getsockopt(zmq.EVENTS)
-        assert isinstance(events, int)
-        if events & zmq.POLLIN:
+        if readable(self._zmq):
             self._schedule()
 
     @abstractmethod

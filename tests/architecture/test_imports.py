@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.imports": (*GROUND, "sllm_faas.modules"),
     "sllm_faas.parameters": GROUND,
     "sllm_faas.wire": (*GROUND, "sllm_faas.modules"),
-    "sllm_faas.dispatch": (*GROUND, "sllm_faas.wire"),
+    "sllm_faas.dispatch": (*GROUND, "sllm_faas.parameters", "sllm_faas.wire"),
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),
     "sllm_gateway": (*SHARED, "sllm_faas.dispatch"),
     "sllm_invoker.checkpoints": (*SHARED, "sllm_invoker.runner.attach"),

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
-from sllm_faas.wire.bus import receive_parts, send_parts
+from sllm_faas.wire.bus import readable, receive_parts, send_parts
 from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import MAX_FRAME, Log, LogRecord
@@ -181,7 +181,7 @@ class ZmqLink(Outbox):
         blocked: Parts | None = None
         while True:
             # Asked again after every send: that may have consumed the descriptor's edge for what is now readable.
-            while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            while readable(socket):
                 self.receiver(receive_parts(socket))
             try:
                 if blocked is not None:
