@@ -6,14 +6,13 @@ The check runs in a container of its own that serves nothing and is thrown away.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
 
 from sllm_faas import logging
 from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, to_info
-from sllm_faas.spec import FunctionSpec, Target
+from sllm_faas.spec import Target
 from sllm_faas.wire.messages import Check, Checked, Progress
 from sllm_invoker import secrets
 from sllm_invoker.container import Container, NotReady, Place, code_of
@@ -34,7 +33,6 @@ class Checks:
         self._progress = progress
         self._running: dict[str, asyncio.Task[None]] = {}
         self._containers: dict[bytes, Container] = {}
-        self._preparing: set[asyncio.Task[None]] = set()
         self._count = 0
 
     def container(self, peer: bytes) -> Container | None:
@@ -74,23 +72,23 @@ class Checks:
         request = f"{check.app.name}@{check.version}"
         for spec in check.app.functions:
             if spec.checkpoint is not None:
-                digest, size = await self._place.ingests.bring(
-                    spec.checkpoint, "", lambda *step: self._progress(Progress(request, *step))
-                )
-                digests[spec.name], sizes[digest] = digest, size
-                if spec.kind == "llm":
-                    self._prepare(spec, digest)
-
-    def _prepare(self, spec: FunctionSpec, digest: str) -> None:
-        """A deployment announces a first start: make its template now. What goes wrong, that start will tell."""
-
-        async def prepare() -> None:
-            with contextlib.suppress(SllmError):
-                await self._place.runtime.prepare(spec, str(self._place.ingests.store.path(digest)))
-
-        task = asyncio.get_running_loop().create_task(prepare())
-        self._preparing.add(task)
-        task.add_done_callback(self._preparing.discard)
+                runtime = self._place.runtime
+                # A deployment announces a first start: importing its libraries goes on beside bringing its weights …
+                libs = asyncio.ensure_future(runtime.prepare(spec, "")) if spec.kind == "llm" else None
+                try:
+                    digest, size = await self._place.ingests.bring(
+                        spec.checkpoint, "", lambda *step: self._progress(Progress(request, *step))
+                    )
+                    digests[spec.name], sizes[digest] = digest, size
+                    if libs is not None:
+                        # … and a model whose skeleton cannot be made is not one that can be served.
+                        self._progress(Progress(request, "prepare"))
+                        await libs
+                        await runtime.prepare(spec, str(self._place.ingests.store.path(digest)))
+                finally:
+                    if libs is not None:
+                        libs.cancel()
+                        await asyncio.gather(libs, return_exceptions=True)
 
     async def _import(self, check: Check) -> None:
         place, specs = self._place, code_of(check.app.functions)
@@ -125,5 +123,5 @@ class Checks:
             del self._containers[name.encode()]
 
     def close(self) -> None:
-        for task in (*self._running.values(), *self._preparing):
+        for task in self._running.values():
             task.cancel()
