@@ -3,8 +3,8 @@
 A thousand streams dropped by their client at random points: 250 async generators, 250 silent synchronous calls, 250
 language-model streams, 250 calls still queued; and, apart, synchronous code that ignores its cancellation. When the
 work stopped is taken from the work itself where it can tell (its `finally` writes the time), from the death of its
-process where it ignores everything, and otherwise from the next caller: with one slot, the first token of the
-stream queued behind is an upper bound; with one place in the queue, so is the moment the next call is let in.
+process where it ignores everything, and otherwise from the next caller: with one slot, the dispatch of the stream
+queued behind is an upper bound; with one place in the queue, so is the moment the next call is let in.
 
 Afterwards every slot must be free, every container as many as before, and nothing may run without an owner.
 """
@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,28 +119,32 @@ async def ignoring(platform: Platform, directory: Path, count: int) -> list[floa
 
 
 async def llm(platform: Platform, model: str, count: int) -> list[float]:
-    """One slot, the next stream always queued behind: seconds from a drop to the next one's first token."""
+    """One slot, the next stream always queued behind: seconds from a drop to the next one's dispatch, which is
+    possible only once the engine has really stopped. When that was, its timeline tells."""
     rng = random.Random(2)
     body = {"model": model, "prompt": "roll:", "max_tokens": 3500, "stream": True}
-
-    async def begin() -> Connection:
-        call = await Connection.post(platform, "/v1/completions", body)
-        if await call.head() != 200:
-            raise SystemExit(f"{model}: status {call.status}")
-        return call
-
-    now = await begin()
+    now = await Connection.post(platform, "/v1/completions", body)
     await now.event(b'"text"')
-    out = []
+    drops: list[tuple[float, str]] = []
     for _ in range(count):
-        after = await begin()
+        after = await Connection.post(platform, "/v1/completions", body)
         await asyncio.sleep(rng.uniform(0, 0.2))
         dropped = now.drop()
+        head = (await after.reader.readuntil(b"\r\n\r\n")).decode().lower()
+        drops.append((dropped, head.split("x-invocation-id: ")[1].split("\r\n")[0]))
         await after.event(b'"text"')
-        out.append(time.time() - dropped)
         now = after
     now.drop()
-    return out
+    return [await asyncio.to_thread(_dispatched, platform, invocation) - at for at, invocation in drops]
+
+
+def _dispatched(platform: Platform, invocation: str) -> float:
+    """Unix time at which the invocation left the queue."""
+    request = urllib.request.Request(f"{platform.url}/v1/invocations/{invocation}", headers=platform.headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        record = json.load(answer)
+    queue = next(span for span in record["timeline"] if span["name"] == "queue")
+    return float(record["began"] + queue["seconds"])
 
 
 async def queued(platform: Platform, directory: Path, count: int) -> list[float]:
@@ -148,25 +153,34 @@ async def queued(platform: Platform, directory: Path, count: int) -> list[float]
     path = directory / "narrow"
 
     async def submit() -> Connection:
-        call = await Connection.post(platform, "/v1/functions/cancel/narrow", {"path": str(path)})
-        await call.head()
-        return call
+        return await Connection.post(platform, "/v1/functions/cancel/narrow", {"path": str(path)})
+
+    async def refused(call: Connection) -> bool:
+        """A full queue answers at once; a call that waits is not answered yet."""
+        try:
+            async with asyncio.timeout(0.02):
+                return await call.head() == 429
+        except TimeoutError:
+            return False
 
     holder = await submit()
     await holder.event(b"event: output")
     waiting = await submit()
+    if await refused(waiting) or not await refused(await submit()):
+        raise SystemExit("the queue does not hold exactly one call")
     out = []
     for _ in range(count):
         await asyncio.sleep(rng.uniform(0, 0.05))
         dropped = waiting.drop()
         while True:
+            at = time.time()
             waiting = await submit()
-            if waiting.status == 200:
+            if not await refused(waiting):
                 break
             waiting.drop()
-            if time.time() - dropped > 10:
+            if at - dropped > 10:
                 raise SystemExit("a dropped call still holds its place in the queue")
-        out.append(time.time() - dropped)
+        out.append(at - dropped)
     waiting.drop()
     holder.drop()
     if len((directory / "narrow").read_text().split("\n")) != 2:
@@ -191,12 +205,21 @@ async def settle(platform: Platform) -> dict[str, int]:
 
 async def run(platform: Platform, directory: Path, each: int, deaf: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {}
+
+    def note_progress(kind: str) -> None:
+        print(f"{kind}: {len(seconds[kind])} dropped", flush=True)
+
     seconds["async generator"] = await many(platform, "agen", directory, each, 32)
+    note_progress("async generator")
     seconds["silent sync"] = await many(platform, "silent", directory, each, 4)
+    note_progress("silent sync")
     pairs = await asyncio.gather(*(llm(platform, f"llm-{number}", each // 2) for number in range(2)))
     seconds["llm stream"] = [value for values in pairs for value in values]
+    note_progress("llm stream")
     seconds["queued"] = await queued(platform, directory, each)
+    note_progress("queued")
     seconds["ignores it"] = await ignoring(platform, directory, deaf)
+    note_progress("ignores it")
     return seconds
 
 

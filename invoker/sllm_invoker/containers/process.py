@@ -44,6 +44,8 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "NUMEXPR_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Threads that spin while they wait starve each other as soon as two instances share the cores.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Environment of zygotes: a process with threads cannot be forked safely."""
 

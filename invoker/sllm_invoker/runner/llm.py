@@ -12,6 +12,7 @@ and leaves nothing out.
 from __future__ import annotations
 
 import asyncio
+import sys
 import struct
 import time
 import traceback
@@ -218,6 +219,10 @@ class _Speaker:
             self._call.output(encode(output))
 
 
+SMALL = 64 * 1024 * 1024
+"""Bytes of weights under which a step is over before a second thread has woken."""
+
+
 def open_model(spec: FunctionSpec, object_dir: str) -> LanguageModel:
     """The model of a checkpoint object, attached. Raises CheckpointError, BadSpec."""
     skeleton = template.take_skeleton(object_dir)
@@ -225,6 +230,10 @@ def open_model(spec: FunctionSpec, object_dir: str) -> LanguageModel:
     tokens = cache_tokens(spec, manifest.kv_bytes_per_token, manifest.max_context)
     engine = engines.create(skeleton, cache_tokens=tokens, max_sequences=spec.concurrency)
     report = engine.attach(Path(object_dir))
+    if report.bytes < SMALL:
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(1)
     rate = report.bytes / max(report.seconds, 1e-9) / 1e9
     attached = f"{report.tensors} tensors, {report.bytes / 1e6:.1f} MB mapped at {rate:.1f} GB/s"
     return LanguageModel(engine, skeleton.codec, attached)
