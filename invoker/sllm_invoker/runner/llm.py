@@ -12,8 +12,8 @@ and leaves nothing out.
 from __future__ import annotations
 
 import asyncio
-import sys
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Sequence
