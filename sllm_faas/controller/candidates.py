@@ -131,10 +131,9 @@ class Candidates:
                 for other in self._destinations(instance, spec)
                 if other.name != node.name and other.fits()
             ]
-            if there:
-                start, to = min(there)
-                memory = self.ledger.gives_back([instance])
-                found.append(Movable(instance.id, memory, instance.gpus, to, start + seconds))
+            start, to = min(there, default=(float("inf"), ""))
+            memory = self.ledger.gives_back([instance])
+            found.append(Movable(instance.id, memory, instance.gpus, to, start + seconds))
         return found
 
     def _destinations(self, instance: Instance, spec: FunctionSpec) -> Iterator[Candidate]:

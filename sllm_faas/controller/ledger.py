@@ -374,6 +374,8 @@ def resolve(version: Version, function: str) -> FunctionSpec | None:
     if spec is None or spec.checkpoint is None:
         return spec
     digest = version.digests.get(function, spec.checkpoint.digest)
+    if digest == spec.checkpoint.digest:
+        return spec
     return replace(spec, checkpoint=replace(spec.checkpoint, digest=digest))
 
 

@@ -3,9 +3,9 @@
 For every candidate node, cheapest first, in estimated seconds to the first token plus the harm to others:
 
     it has room                        the estimate
-    room is being freed there          + FREEING
-    idle instances can go              + EVICTION_COST and a part of each one's own start, cheapest set of them
-    busy instances can move elsewhere  + the time their moves take and MOVE_COST for each (where moving is offered)
+    room is being freed there          + Costs.freeing
+    idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
+    busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
 
 Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
 many instances share them. A node whose memory is unknown (0) admits everything.
@@ -23,14 +23,23 @@ from typing import Protocol, TypeVar
 from sllm_faas.controller.estimate import Estimate
 
 SHOWN = 5
-FREEING = 0.2
-"""Seconds charged for room that is being freed: a drain is not over yet."""
-EVICTION_COST = 0.5
-"""Seconds charged per instance that must go: its drain, and that its function may be called again at once."""
-RELOAD_SHARE = 0.25
-"""Of an evicted instance's own start-up time: how often it will be missed soon."""
-MOVE_COST = 0.2
-"""Seconds charged per instance that moves: a pause to its caller."""
+STATES = 64
+"""Of the dynamic program at most: beyond, those that miss most are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a choice is charged for its harm to others, in seconds.
+
+    `freeing`: room that is being freed, because that drain is not over yet. `eviction`: each instance that must go, its
+    function may be called again at once; and the `reload` share of its own start, as often as it will be missed soon.
+    `move`: each that moves, a pause to its caller.
+    """
+
+    freeing: float = 0.2
+    eviction: float = 0.5
+    reload: float = 0.25
+    move: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +52,17 @@ class Idle:
     gpus: int = 0
     reload: float = 0.0
 
-    @property
-    def cost(self) -> float:
-        return EVICTION_COST + RELOAD_SHARE * self.reload
-
 
 @dataclass(frozen=True, slots=True)
 class Movable:
-    """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over."""
+    """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over. With no room
+    for it anywhere `to` is empty and `seconds` infinite."""
 
     instance: str
     memory_mb: int
     gpus: int
     to: str
     seconds: float
-
-    @property
-    def cost(self) -> float:
-        return MOVE_COST + self.seconds
 
 
 def nothing() -> tuple[()]:
@@ -172,7 +174,10 @@ class Cheapest:
         return place(candidates)
 
 
-def place(candidates: Iterable[Candidate]) -> Choice:
+DEFAULT = Costs()
+
+
+def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     nodes = list(candidates)
     if not nodes:
         return Full("no node is up and open for instances")
@@ -187,49 +192,68 @@ def place(candidates: Iterable[Candidate]) -> Choice:
         if node.fits() or not node.big_enough:
             continue
         if node.will_fit():
-            if total + FREEING < best:
+            if total + costs.freeing < best:
                 choice = Full(f"waits for memory that is being freed on {node.name}")
-                best = total + FREEING
+                best = total + costs.freeing
             continue
-        if total + EVICTION_COST < best and (idle := cheapest(node.idle(), node.missing_mb, node.missing_gpus)):
-            cost = total + sum(item.cost for item in idle)
+        if total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
+            cost = total + sum(costs.eviction + costs.reload * item.reload for item in idle)
             if cost < best:
                 choice, best = _evict(node, idle), cost
             continue
-        if total + MOVE_COST < best and (moves := cheapest(node.movable(), node.missing_mb, node.missing_gpus)):
-            cost = total + MOVE_COST * len(moves) + max(item.seconds for item in moves)
+        if total + costs.move < best and (moves := cheapest_moves(node, costs)):
+            cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
             if cost < best:
                 choice, best = _move(node, moves), cost
     return choice or no_room(nodes)
 
 
-Part = TypeVar("Part", Idle, Movable)
+class Part(Protocol):
+    """What can go from a node, and what that gives back."""
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def memory_mb(self) -> int: ...
+    @property
+    def gpus(self) -> int: ...
 
 
-def cheapest(parts: Sequence[Part], mb: int, gpus: int) -> tuple[Part, ...]:
-    """The cheapest set that gives back that much, the longest idle first among equals; empty: none does.
+P = TypeVar("P", bound=Part)
+
+
+def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
+    """Whom to stop, the longest idle among equals; empty: that would not be enough."""
+    parts = sorted(node.idle(), key=lambda item: (item.since, item.instance))
+    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.eviction + costs.reload * item.reload)
+
+
+def cheapest_moves(node: Candidate, costs: Costs = DEFAULT) -> tuple[Movable, ...]:
+    parts = sorted(node.movable(), key=lambda item: item.instance)
+    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
+
+
+def cheapest(parts: Sequence[P], mb: int, gpus: int, cost_of: Callable[[P], float]) -> tuple[P, ...]:
+    """The cheapest set that gives back that much, the first among equals; empty: none does.
 
     One that is enough alone is preferred; else dynamic programming over what is still missing: states that another
     beats in every way are dropped, and what is more than enough counts as enough, so there are few.
     """
-    order = sorted(parts, key=lambda part: (part.cost, getattr(part, "since", 0.0), part.instance))
+    order = sorted(parts, key=cost_of)
     for part in order:
         if part.memory_mb >= mb and part.gpus >= gpus:
             return (part,)
-    states: dict[tuple[int, int], tuple[float, tuple[Part, ...]]] = {(max(0, mb), max(0, gpus)): (0.0, ())}
-    chosen: tuple[Part, ...]
+    states: dict[tuple[int, int], tuple[float, tuple[P, ...]]] = {(max(0, mb), max(0, gpus)): (0.0, ())}
     for part in order:
+        more = cost_of(part)
         for (need_mb, need_gpus), (cost, chosen) in list(states.items()):
             left = (max(0, need_mb - part.memory_mb), max(0, need_gpus - part.gpus))
-            if left != (need_mb, need_gpus) and (left not in states or cost + part.cost < states[left][0]):
-                states[left] = (cost + part.cost, (*chosen, part))
+            if left != (need_mb, need_gpus) and (left not in states or cost + more < states[left][0]):
+                states[left] = (cost + more, (*chosen, part))
         if len(states) > STATES:
             kept = sorted(states.items(), key=lambda item: (item[0][1], item[0][0], item[1][0]))[:STATES]
             states = dict(kept)
     return states.get((0, 0), (0.0, ()))[1]
-
-
-STATES = 64
 
 
 def no_room(nodes: Sequence[Candidate]) -> Full:
