@@ -22,6 +22,8 @@ from sllm_faas.spec import FunctionSpec, Target, Tier, Warmth
 ALL = 8
 EACH = 3
 """Nodes of one kind that are looked at closely."""
+RESIDENCY = 5.0
+"""Seconds an instance serves where it is before it may be moved again: no node's memory is swapped to and fro."""
 FEW = 48
 """A set of at most so many nodes is gone through; a larger one is met by walking the index."""
 
@@ -122,6 +124,8 @@ class Candidates:
         for instance in self.ledger.on_node(node.name):
             if instance.state != "ready" or instance.target == target or self.ledger.replacement(instance.id):
                 continue
+            if instance.ready is None or self.ledger.now - instance.ready < RESIDENCY:
+                continue
             spec = self.ledger.function(instance.target)
             if spec is None:
                 continue
@@ -141,25 +145,29 @@ class Candidates:
         if self.exhaustive or len(nodes) <= ALL:
             names: Iterable[str] = [node.name for node in self.ledger.open_nodes()]
         else:
-            names = self._shortlist(instance.target, spec)
+            need = spec.memory_mb + self.ledger.size_mb(instance.digest)
+            names = self._shortlist(instance.target, spec, 1)
+            names = [name for name in names if self._free.fits(name, spec.gpus, need)][:2]
         return (self.one(nodes[name], instance.target, spec, movable=False) for name in names)
 
     # -- many nodes ------------------------------------------------------------------------------------------
 
-    def _shortlist(self, target: Target, spec: FunctionSpec) -> list[str]:
+    def _shortlist(self, target: Target, spec: FunctionSpec, each: int = EACH) -> list[str]:
         ledger = self.ledger
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         alone = spec.memory_mb
         whole = alone + ledger.size_mb(digest)
         found: dict[str, None] = {}
         if digest:
-            self._some(found, ledger.attached(digest), spec.gpus, alone)
-            self._some(found, ledger.where.resident(digest), spec.gpus, whole)
-        self._some(found, ledger.where.templates(f"{target.app}/{target.function}@{target.version}"), spec.gpus, whole)
+            self._some(found, ledger.attached(digest), spec.gpus, alone, each)
+            self._some(found, ledger.where.resident(digest), spec.gpus, whole, each)
+        self._some(
+            found, ledger.where.templates(f"{target.app}/{target.function}@{target.version}"), spec.gpus, whole, each
+        )
         if digest:
-            self._some(found, ledger.where.holders(digest), spec.gpus, whole)
+            self._some(found, ledger.where.holders(digest), spec.gpus, whole, each)
         for index in (self._free, self._reclaimable):
-            found.update(dict.fromkeys(islice(index.walk(spec.gpus, whole), EACH)))
+            found.update(dict.fromkeys(islice(index.walk(spec.gpus, whole), 1)))
         if not found:
             # Nothing has room: the biggest nodes can still say whether waiting is of use.
             rows = self._free.rows
@@ -170,13 +178,13 @@ class Candidates:
                 found.update(dict.fromkeys(most))
         return list(found)
 
-    def _some(self, found: dict[str, None], names: Collection[str], gpus: int, mb: int) -> None:
+    def _some(self, found: dict[str, None], names: Collection[str], gpus: int, mb: int, each: int) -> None:
         """A few of these: with room, then with room if the idle go, then — should some move away — without."""
         if not names:
             return
         if len(names) > FEW:
             for index in (self._free, self._reclaimable):
-                found.update(dict.fromkeys(islice(index.walk(gpus, mb, names), EACH)))
+                found.update(dict.fromkeys(islice(index.walk(gpus, mb, names), each)))
             return
         ranked: list[tuple[int, float, str]] = []
         rows = self._free.rows
@@ -187,8 +195,8 @@ class Candidates:
             room = 0 if row.gpus >= gpus and row.mb >= mb else 1 if self._reclaimable.fits(name, gpus, mb) else 2
             if room < 2 or self.migrate:
                 ranked.append((room, row.busy_until, name))
-        if len(ranked) > EACH:
-            ranked = heapq.nsmallest(EACH, ranked)
+        if len(ranked) > each:
+            ranked = heapq.nsmallest(each, ranked)
         found.update(dict.fromkeys(name for _, _, name in ranked))
 
     def _refresh(self) -> None:

@@ -153,6 +153,8 @@ class Ledger:
         _discard(self._by_target, key_of(instance.target), instance.id)
         _discard(self._by_node, instance.node, instance.id)
         self._replaced.pop(instance.replaces, None)
+        if (heir := self._replaced.pop(instance.id, "")) in self.state.instances:
+            self.state.instances[heir].replaces = ""  # it has taken over
         for index in (self._loading, self._ending, self._spare):
             if instance.id in index.get(instance.node, ()):
                 _discard(index, instance.node, instance.id)
@@ -200,14 +202,11 @@ class Ledger:
 
     def ending_on(self, node: str) -> list[Instance]:
         """Those that drain there, in no order; and those that another is about to replace."""
-        ending = [self.state.instances[name] for name in self._ending.get(node, ())]
+        instances = self.state.instances
+        ending = [instances[name] for name in self._ending.get(node, ())]
         if self._replaced:
-            ids = self._by_node.get(node, ())
-            ending += [
-                self.state.instances[name]
-                for name in self._replaced
-                if name in ids and name not in self._ending.get(node, ())
-            ]
+            here = self._by_node.get(node, ())
+            ending += [i for name in here if name in self._replaced and (i := instances[name]).state in tables.LIVE]
         return ending
 
     def spare_on(self, node: str) -> list[Instance]:

@@ -155,7 +155,7 @@ def _small() -> Scenario:
                 slo_ttft=5.0,
             ),
         ),
-        load=LoadModel("bursts", rate=2.0, popularity=1.0),
+        load=LoadModel("bursts", rate=0.7, popularity=1.0),
         seconds=600.0,
         assumptions=("invented: an example to start from",),
     )

@@ -54,7 +54,7 @@ def read_trace(path: Path) -> Trace:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ())[:3] != COLUMNS:
-                raise BadRequest(f"{path} has the columns {reader.fieldnames}; needed: {', '.join(COLUMNS)}")
+                raise BadRequest(f"the first line of {path} is not that of a trace; needed: {','.join(COLUMNS)}")
             for number, row in enumerate(reader, 2):
                 try:
                     rows.append((_seconds(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"])))
