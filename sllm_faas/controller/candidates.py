@@ -15,7 +15,7 @@ from itertools import islice
 from sllm_faas.controller import estimate
 from sllm_faas.controller.index import UNLIMITED, NodeIndex, Row
 from sllm_faas.controller.ledger import Ledger
-from sllm_faas.controller.model import Instance, Node, key_of
+from sllm_faas.controller.model import Instance, Node
 from sllm_faas.controller.placement import Candidate, Idle, Movable, nothing
 from sllm_faas.spec import FunctionSpec, Target, Tier, Warmth
 
@@ -42,7 +42,7 @@ class Candidates:
     def of(self, target: Target, spec: FunctionSpec) -> list[Candidate]:
         """The nodes worth considering for one more instance."""
         nodes = self.state.nodes
-        if self.exhaustive or len(nodes) <= ALL:
+        if self._whole:
             return [self.one(node, target, spec) for node in self.ledger.open_nodes()]
         self._refresh()
         return [self.one(nodes[name], target, spec) for name in self._shortlist(target, spec)]
@@ -103,52 +103,54 @@ class Candidates:
 
     def _idle(self, node: Node, target: Target) -> list[Idle]:
         """Ready instances on the node beyond what their own target wants at this moment."""
-        spare: dict[str, int] = {}
         found = []
-        for instance in self.ledger.on_node(node.name):
-            if instance.state != "ready" or instance.target == target or self.ledger.replacement(instance.id):
-                continue
-            key = key_of(instance.target)
-            if key not in spare:
-                spare[key] = len(self.ledger.live(key)) - self.state.targets[key].desired
-            if spare[key] > 0:
-                spare[key] -= 1
+        for instance in self.ledger.spare_on(node.name):
+            if instance.state == "ready" and instance.target != target and not self.ledger.replacement(instance.id):
                 memory = self.ledger.gives_back([instance])
                 cost = instance.predicted if instance.actual is None else instance.actual
                 found.append(Idle(instance.id, memory, instance.ready or 0.0, instance.gpus, cost))
         return found
 
     def _movable(self, node: Node, target: Target) -> list[Movable]:
-        """Ready instances on the node, each with the best other node that has room for it."""
+        """Ready instances on the node, those with the least context first, each with the best node with room for it."""
+        ready = [
+            instance
+            for instance in self.ledger.on_node(node.name)
+            if instance.state == "ready"
+            and instance.target != target
+            and instance.ready is not None
+            and self.ledger.now - instance.ready >= RESIDENCY
+            and not self.ledger.replacement(instance.id)
+        ]
+        ready.sort(key=lambda instance: (instance.tokens, instance.seq))
         found = []
-        for instance in self.ledger.on_node(node.name):
-            if instance.state != "ready" or instance.target == target or self.ledger.replacement(instance.id):
-                continue
-            if instance.ready is None or self.ledger.now - instance.ready < RESIDENCY:
-                continue
+        for instance in ready if self._whole else ready[:EACH]:
             spec = self.ledger.function(instance.target)
             if spec is None:
                 continue
-            seconds = estimate.migration(self.state.book, instance.tokens)
             there = [
                 (other.estimate.total, other.name)
-                for other in self._destinations(instance, spec)
+                for other in self._destinations(node, instance, spec)
                 if other.name != node.name and other.fits()
             ]
             start, to = min(there, default=(float("inf"), ""))
+            seconds = start + estimate.migration(self.state.book, instance.tokens)
             memory = self.ledger.gives_back([instance])
-            found.append(Movable(instance.id, memory, instance.gpus, to, start + seconds))
+            found.append(Movable(instance.id, memory, instance.gpus, to, seconds))
         return found
 
-    def _destinations(self, instance: Instance, spec: FunctionSpec) -> Iterator[Candidate]:
+    def _destinations(self, node: Node, instance: Instance, spec: FunctionSpec) -> Iterator[Candidate]:
         nodes = self.state.nodes
-        if self.exhaustive or len(nodes) <= ALL:
-            names: Iterable[str] = [node.name for node in self.ledger.open_nodes()]
+        if self._whole:
+            names: Iterable[str] = [open_.name for open_ in self.ledger.open_nodes()]
         else:
-            need = spec.memory_mb + self.ledger.size_mb(instance.digest)
-            names = self._shortlist(instance.target, spec, 1)
-            names = [name for name in names if self._free.fits(name, spec.gpus, need)][:2]
+            names = self._roomy(node.name, instance, spec)
         return (self.one(nodes[name], instance.target, spec, movable=False) for name in names)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all nodes are shown."""
+        return self.exhaustive or len(self.state.nodes) <= ALL
 
     # -- many nodes ------------------------------------------------------------------------------------------
 
@@ -178,6 +180,19 @@ class Candidates:
                 found.update(dict.fromkeys(most))
         return list(found)
 
+    def _roomy(self, but: str, instance: Instance, spec: FunctionSpec) -> list[str]:
+        """Another node where the checkpoint is nearest, and one of all, with room now."""
+        need = spec.memory_mb + self.ledger.size_mb(instance.digest)
+        where, free = self.ledger.where, self._free
+        for names in (where.resident(instance.digest), where.holders(instance.digest)):
+            if len(names) <= FEW:
+                near = min((n for n in names if n != but and free.fits(n, spec.gpus, need)), default="")
+            else:
+                near = next((n for n in free.walk(spec.gpus, need, names) if n != but), "")
+            if near:
+                return [near]
+        return list(islice((n for n in free.walk(spec.gpus, need) if n != but), 1))
+
     def _some(self, found: dict[str, None], names: Collection[str], gpus: int, mb: int, each: int) -> None:
         """A few of these: with room, then with room if the idle go, then — should some move away — without."""
         if not names:
@@ -198,6 +213,11 @@ class Candidates:
         if len(ranked) > each:
             ranked = heapq.nsmallest(each, ranked)
         found.update(dict.fromkeys(name for _, _, name in ranked))
+
+    def keep_up(self) -> None:
+        """Called after every event, so that each pays for what it changed."""
+        if not self._whole:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Take in what changed since the last look."""

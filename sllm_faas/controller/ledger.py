@@ -7,7 +7,7 @@ the indexes are exactly what a scan of the state would give.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from sllm_faas.controller import tables
@@ -55,15 +55,14 @@ class Ledger:
         self._loading: dict[str, set[str]] = {}
         self._ending: dict[str, set[str]] = {}
         self._spare: dict[str, set[str]] = {}
-        """Node -> instances of targets that have more than they want."""
+        """Node -> instances beyond what their targets want."""
         self._replaced: dict[str, str] = {}
         """Busy instance -> the one that takes over from it."""
         self.where = Locality(state.nodes)
         for instance in state.instances.values():
             self._index(instance)
         for key, record in state.targets.items():
-            live = self.live(key)
-            self.note_spare(key, live if len(live) > record.desired else ())
+            self.note_spare(key, record.desired)
         for gateway in state.gateways.values():
             for key, item in gateway.demand.items():
                 self._demand.setdefault(key, {})[gateway.name] = item
@@ -182,17 +181,28 @@ class Ledger:
                 _discard(index, instance.node, instance.id)
         self.where.touch(instance.node)
 
-    def note_spare(self, key: str, spare: Sequence[Instance]) -> bool:
-        """These of the target's instances may go, the others may not. True when one of them could not before."""
-        instances = self.state.instances
-        before = {name for name in self._by_target.get(key, ()) if name in self._spare.get(instances[name].node, ())}
-        after = {instance.id for instance in spare}
+    def note_spare(self, key: str, wanted: int) -> bool:
+        """The target wants that many: so many of its ready instances as are beyond that may go, those that run
+        nothing and the newest first. True when one of them could not before."""
+        instances, spare = self.state.instances, self._spare
+        mine = self._by_target.get(key, ())
+        live = self.live(key) if mine else []
+        beyond = len(live) - wanted
+        after: set[str] = set()
+        if beyond > 0:
+            ready = [instance for instance in live if instance.state == "ready"]
+            if beyond < len(ready):
+                ready.sort(key=lambda instance: (instance.running > 0, -instance.seq))
+            after.update(instance.id for instance in ready[:beyond])
+        before = {name for name in mine if name in spare.get(instances[name].node, ())}
+        if before == after:
+            return False
         for name in before ^ after:
             node = instances[name].node
             if name in before:
-                _discard(self._spare, node, name)
+                _discard(spare, node, name)
             else:
-                self._spare.setdefault(node, set()).add(name)
+                spare.setdefault(node, set()).add(name)
             self.where.touch(node)
         return not after <= before
 

@@ -23,6 +23,8 @@ from typing import Protocol, TypeVar
 from sllm_faas.controller.estimate import Estimate
 
 SHOWN = 5
+MOVES = 4
+"""Nodes, the cheapest, that are asked what could move away from them: that is the dearest question."""
 STATES = 64
 """Of the dynamic program at most: beyond, those that miss most are dropped."""
 
@@ -185,6 +187,7 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     fitting = [node for node in ranked if node.fits()]
     best = fitting[0].estimate.total if fitting else float("inf")
     choice: Choice | None = _placed(fitting, len(nodes)) if fitting else None
+    asked = 0
     for node in ranked:
         total = node.estimate.total
         if total >= best:
@@ -201,7 +204,8 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
             if cost < best:
                 choice, best = _evict(node, idle), cost
             continue
-        if total + costs.move < best and (moves := cheapest_moves(node, costs)):
+        asked += 1
+        if asked <= MOVES and total + costs.move < best and (moves := cheapest_moves(node, costs)):
             cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
             if cost < best:
                 choice, best = _move(node, moves), cost

@@ -94,7 +94,7 @@ class Scaler:
             record.desired = want
 
         live = self.ledger.live(key)
-        if self.ledger.note_spare(key, live if len(live) > want else ()):
+        if self.ledger.note_spare(key, want):
             self.ledger.dirty.update(self.state.blocked)  # who waits for room may have theirs
         blocked = ""
         if spec is not None and want > len(live):

@@ -101,6 +101,7 @@ class Machine:
         self._handlers[type(event)](event)
         self._wake_due()
         self._settle()
+        self.scaler.candidates.keep_up()
         return self.ledger.end()
 
     def next_deadline(self) -> float | None:
