@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def percentile(ordered: Any, q: float) -> float:
     """Nearest rank of sorted values; 0 when there are none."""
     if not len(ordered):
         return 0.0
-    return float(ordered[min(len(ordered) - 1, max(0, round(q / 100 * len(ordered) + 0.5) - 1))])
+    return float(ordered[max(0, math.ceil(q / 100 * len(ordered)) - 1)])
 
 
 def summary(values: Any) -> dict[str, float]:
