@@ -36,6 +36,8 @@ class Cluster:
         self.now = 0.0
         self.slots = nodes * SLOTS
         self.demand: dict[Target, int] = {}
+        self.asked = self.used = 0
+        """Requests there are, and slots they and idle instances hold."""
         self.seen: Counter[str] = Counter()
         specs = [
             FunctionSpec(
@@ -71,12 +73,9 @@ class Cluster:
                 checkpoints=tuple(held[index]),
             )
             self.feed(ev.NodeUp(info, "1"))
-        while self.used() < OCCUPIED * self.slots:
+        while self.used < OCCUPIED * self.slots:
             self.ask(self.rng.choice(self.targets), 1)
             self.ask(self.rng.choice(self.targets), -1, chance=0.5)
-
-    def used(self) -> int:
-        return sum(self.machine.ledger._gpus.values())
 
     def feed(self, event: ev.Event) -> list[cmd.Command]:
         """Tell the machine; its commands are obeyed at once."""
@@ -89,9 +88,11 @@ class Cluster:
         for command in commands:
             if isinstance(command, cmd.SendStart):
                 start = command.body
+                self.used += start.spec.gpus
                 self.report(command.node, start.instance, start.target, "ready")
             elif isinstance(command, cmd.SendStop):
                 instance = self.machine.state.instances[command.body.instance]
+                self.used -= instance.gpus
                 self.report(command.node, instance.id, instance.target, "stopped")
 
     def report(self, node: str, instance: str, target: Target, state: str) -> None:
@@ -99,7 +100,8 @@ class Cluster:
         self.feed(ev.InstanceSeen(node, running))
 
     def event(self, target: Target, change: int) -> ev.DemandSeen:
-        count = self.demand[target] = max(0, self.demand.get(target, 0) + change)
+        count = self.demand[target] = self.demand.get(target, 0) + change
+        self.asked += change
         return ev.DemandSeen("g", (TargetDemand(target, int(change > 0), max(0, count - (change > 0))),))
 
     def ask(self, target: Target, change: int, chance: float = 1.0) -> None:
@@ -109,10 +111,10 @@ class Cluster:
     def relax(self) -> None:
         """Back to the occupancy there was, half of it busy."""
         instances = self.machine.state.instances
-        while sum(self.demand.values()) > len(instances) / 2:
+        while self.asked > len(instances) / 2:
             self.ask(self.rng.choice(self.targets), -1)
-        names = list(instances) if self.used() > OCCUPIED * self.slots else []
-        while self.used() > OCCUPIED * self.slots:
+        names = list(instances) if self.used > OCCUPIED * self.slots else []
+        while self.used > OCCUPIED * self.slots:
             name = self.rng.choice(names)
             if name in instances and instances[name].state == "ready":
                 self.feed(ev.InstanceStopAsked(name))

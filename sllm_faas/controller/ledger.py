@@ -7,7 +7,7 @@ the indexes are exactly what a scan of the state would give.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from sllm_faas.controller import tables
@@ -62,7 +62,7 @@ class Ledger:
         for instance in state.instances.values():
             self._index(instance)
         for key, record in state.targets.items():
-            self.note_spare(key, record.desired)
+            self.note_spare(key, record.desired, self.live(key))
         for gateway in state.gateways.values():
             for key, item in gateway.demand.items():
                 self._demand.setdefault(key, {})[gateway.name] = item
@@ -181,12 +181,11 @@ class Ledger:
                 _discard(index, instance.node, instance.id)
         self.where.touch(instance.node)
 
-    def note_spare(self, key: str, wanted: int) -> bool:
-        """The target wants that many: so many of its ready instances as are beyond that may go, those that run
+    def note_spare(self, key: str, wanted: int, live: Sequence[Instance]) -> bool:
+        """The target wants that many of its live instances: so many of its ready instances as are beyond that may go, those that run
         nothing and the newest first. True when one of them could not before."""
         instances, spare = self.state.instances, self._spare
         mine = self._by_target.get(key, ())
-        live = self.live(key) if mine else []
         beyond = len(live) - wanted
         after: set[str] = set()
         if beyond > 0:

@@ -94,7 +94,7 @@ class Scaler:
             record.desired = want
 
         live = self.ledger.live(key)
-        if self.ledger.note_spare(key, want):
+        if self.ledger.note_spare(key, want, live):
             self.ledger.dirty.update(self.state.blocked)  # who waits for room may have theirs
         blocked = ""
         if spec is not None and want > len(live):
