@@ -182,8 +182,8 @@ class Ledger:
         self.where.touch(instance.node)
 
     def note_spare(self, key: str, wanted: int, live: Sequence[Instance]) -> bool:
-        """The target wants that many of its live instances: so many of its ready instances as are beyond that may go, those that run
-        nothing and the newest first. True when one of them could not before."""
+        """The target wants that many of its live instances: so many of the ready ones as are beyond that may go,
+        those that run nothing and the newest first. True when one of them could not before."""
         instances, spare = self.state.instances, self._spare
         mine = self._by_target.get(key, ())
         beyond = len(live) - wanted

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from sllm_faas.errors import BadRequest
 from sllm_faas.sim.scenario import FunctionModel, LoadModel, Scenario
 
+WARM_UP = 200.0
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -79,12 +80,16 @@ def _seconds(text: str) -> float:
 
 
 def gamma(rng: Random, rate: float, cv: float) -> Iterator[float]:
-    """Times of a Gamma renewal process: intervals of mean 1/rate and that CV."""
+    """Times of a Gamma renewal process: intervals of mean 1/rate and that CV.
+
+    It has been going on for WARM_UP intervals when time begins: starting at an arrival would start in a burst.
+    """
     shape = 1.0 / cv**2 if cv > 0 else math.inf
-    now = 0.0
+    now = -WARM_UP / rate if cv > 0 else 0.0
     while True:
         now += rng.gammavariate(shape, 1.0 / (rate * shape)) if cv > 0 else 1.0 / rate
-        yield now
+        if now > 0:
+            yield now
 
 
 def bursts(rng: Random, rate: float, on: float, off: float) -> Iterator[float]:
