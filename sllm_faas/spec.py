@@ -190,6 +190,8 @@ class FunctionSpec:
     """Seconds that code which ignores a cancellation is given before its container is killed."""
     memory_mb: int = 256
     """Private memory one instance is expected to need, MiB, for admission. Shared weights are counted apart."""
+    gpus: int = 0
+    """Accelerators an instance holds for itself, for admission."""
     secrets: tuple[str, ...] = ()
     checkpoint: CheckpointSpec | None = None
     libs: tuple[str, ...] = ()
@@ -201,6 +203,7 @@ class FunctionSpec:
         _check_range("max_queue", self.max_queue, 0, 1_000_000)
         _check_range("cancel_grace (seconds)", self.cancel_grace, 0.0, 3600.0)
         _check_range("memory_mb", self.memory_mb, 1, 64 * 1024 * 1024)
+        _check_range("gpus", self.gpus, 0, 1024)
         for name in self.secrets:
             _check_name(SECRET_NAME, "secret", name, "a letter or '_', then letters, digits, '_' or '-'")
         names = [method.name for method in self.methods]

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("config", "Show settings and where they come from."),
     "doctor": ("doctor", "Check this machine for what the platform needs."),
     "bench": ("bench", "Run a benchmark of the source tree."),
+    "simulate": ("simulate", "Simulate a cluster and compare policies."),
 }
 
 

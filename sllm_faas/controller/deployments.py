@@ -96,9 +96,10 @@ class Deployments:
             self._fail(version, "failed", result.error)
             return
         version.digests = dict(result.checkpoints)
-        self.state.sizes.update(result.sizes)
+        for digest, size in result.sizes.items():
+            self.ledger.note_size(digest, size)
         for digest in result.checkpoints.values():
-            self.ledger.note_checkpoint(self.state.nodes[event.node], digest)
+            self.ledger.where.note_checkpoint(self.state.nodes[event.node], digest)
         app = self.state.apps[version.app]
         active = app.versions.get(app.active)
         if active is not None and active.spec == version.spec and active.digests == version.digests:

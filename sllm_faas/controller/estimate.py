@@ -100,16 +100,28 @@ def learn(
     predicted: float,
     actual: float,
 ) -> None:
-    """Take a finished start into the book. `actual`: seconds from the command to ready."""
+    """Take a finished start into the book. `actual`: seconds from the command to ready; a span `queue` in it was
+    spent waiting for other reads."""
     loading = sum(span.seconds for span in timeline.spans if span.name in ("checkpoint", "load", "attach"))
+    queued = sum(span.seconds for span in timeline.spans if span.name == "queue")
     if size and loading > 0:
         _mix(book, f"bandwidth|{node}|{tier}", size / loading)
-    container = max(0.0, actual - loading)
+    container = max(0.0, actual - loading - queued)
     for key in (f"container|{node}|{warmth}|{function}", f"container|{node}|{warmth}", f"container|{warmth}"):
         _mix(book, key, container)
     for key in (f"error|{node}", "error"):
         _mix(book, key, abs(predicted - actual))
     book["starts"] = book.get("starts", 0.0) + 1.0
+
+
+MIGRATION_PER_TOKEN, MIGRATION_BASE = 250e-6, 0.1
+"""Seconds: the destination computes the KV cache anew, then the commit. Guesses until one was seen."""
+
+
+def migration(book: Mapping[str, float], tokens: int) -> float:
+    """Seconds for a context of so many tokens to go on elsewhere, where an instance is ready: a * tokens + b."""
+    per_token = book.get("migration|token", MIGRATION_PER_TOKEN)
+    return per_token * tokens + book.get("migration|base", MIGRATION_BASE)
 
 
 def forget(book: Book, node: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from sllm_faas.controller import autoscale, estimate, tables
+from sllm_faas.controller.candidates import libs_of
 from sllm_faas.controller.commands import (
     SendStop,
     StartEnded,
@@ -17,7 +18,7 @@ from sllm_faas.controller.commands import (
 from sllm_faas.controller.deployments import Deployments
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord
-from sllm_faas.controller.scaling import Scaler, libs_of
+from sllm_faas.controller.scaling import Scaler
 from sllm_faas.errors import ErrorInfo, StartFailed, to_info
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import InstanceReport, Stop
@@ -63,6 +64,8 @@ class Instances:
             self._end(instance, after, report.error)
             return
         instance.state = cast(InstanceState, after)
+        if after != before:
+            self.ledger.note_state(instance)
         self._note(instance, report)
         if after == "ready" and before != "ready":
             self._became_ready(node, instance)
@@ -72,6 +75,7 @@ class Instances:
         instance.number = report.number or instance.number
         instance.pid = report.pid or instance.pid
         instance.running = report.running
+        instance.tokens = report.tokens
         instance.concurrency = report.concurrency
         if report.warmth != "cold" or report.timeline.spans:
             instance.warmth = report.warmth
@@ -104,6 +108,7 @@ class Instances:
         if self.scaler.mode(report.target) == "gone" and state != "draining":
             instance.state = "draining"
             instance.stopping = "its version is gone"
+            self.ledger.note_state(instance)
             self.ledger.emit(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
 
     def _became_ready(self, node: Node, instance: Instance) -> None:
@@ -113,7 +118,8 @@ class Instances:
             record.error, record.failures, record.retry_at = None, 0, 0.0
         self._warm_layers(node, instance.target)
         if instance.digest:
-            self.ledger.note_checkpoint(node, instance.digest)
+            self.ledger.where.note_checkpoint(node, instance.digest)
+        self._take_over(instance)
         if instance.adopted:
             return
         instance.actual = self.ledger.now - instance.asked
@@ -130,13 +136,18 @@ class Instances:
         )
         self._remember(instance, "ready", None)
 
+    def _take_over(self, instance: Instance) -> None:
+        """The busy instance it was started for may hand over now."""
+        old = self.state.instances.get(instance.replaces)
+        if old is not None and old.state in tables.LIVE:
+            self.scaler.stop(old, f"moves to {instance.id} on {instance.node}", None)
+
     def _warm_layers(self, node: Node, target: Target) -> None:
         spec = self.ledger.function(target)
         if spec is None:
             return
         template, libs = f"{target.app}/{target.function}@{target.version}", libs_of(spec)
-        if template not in node.templates:
-            bisect.insort(node.templates, template)
+        self.ledger.where.note_template(node, template)
         if libs not in node.libs:
             bisect.insort(node.libs, libs)
 

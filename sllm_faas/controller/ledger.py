@@ -6,18 +6,32 @@ the indexes are exactly what a scan of the state would give.
 
 from __future__ import annotations
 
-import bisect
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from sllm_faas.controller import tables
 from sllm_faas.controller.commands import Command
+from sllm_faas.controller.locality import Locality
 from sllm_faas.controller.model import App, Gateway, Instance, Node, State, TargetState, Version, key_of
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import TargetDemand
 
 MIB = 1024 * 1024
+INDEXES = (
+    "_by_target",
+    "_by_node",
+    "_demand",
+    "_private",
+    "_gpus",
+    "_shared",
+    "_attached",
+    "_attached_mb",
+    "_loading",
+    "_ending",
+    "_spare",
+    "_replaced",
+)
 
 
 class Ledger:
@@ -32,10 +46,23 @@ class Ledger:
         self._by_node: dict[str, set[str]] = {}
         self._demand: dict[str, dict[str, TargetDemand]] = {}
         self._private: dict[str, int] = {}
+        self._gpus: dict[str, int] = {}
         self._shared: dict[str, dict[str, int]] = {}
         """Node -> digest -> instances that share it."""
+        self._attached: dict[str, set[str]] = {}
+        """Digest -> nodes where instances share it."""
+        self._attached_mb: dict[str, int] = {}
+        self._loading: dict[str, set[str]] = {}
+        self._ending: dict[str, set[str]] = {}
+        self._spare: dict[str, set[str]] = {}
+        """Node -> instances beyond what their targets want."""
+        self._replaced: dict[str, str] = {}
+        """Busy instance -> the one that takes over from it."""
+        self.where = Locality(state.nodes)
         for instance in state.instances.values():
             self._index(instance)
+        for key, record in state.targets.items():
+            self.note_spare(key, record.desired, self.live(key))
         for gateway in state.gateways.values():
             for key, item in gateway.demand.items():
                 self._demand.setdefault(key, {})[gateway.name] = item
@@ -87,7 +114,16 @@ class Ledger:
         return self._ordered(self._by_target.get(key, ()))
 
     def live(self, key: str) -> list[Instance]:
-        return [instance for instance in self.instances_of(key) if instance.state in tables.LIVE]
+        """Those that serve or will; not one that is to take over from another, as long as that is there."""
+        return [i for i in self.instances_of(key) if i.state in tables.LIVE and not self._takes_over(i)]
+
+    def _takes_over(self, instance: Instance) -> bool:
+        old = self.state.instances.get(instance.replaces) if instance.replaces else None
+        return old is not None and old.state in tables.LIVE
+
+    def replacement(self, instance: str) -> str:
+        """The instance that is to take over from this one; empty: none."""
+        return self._replaced.get(instance, "")
 
     def on_node(self, node: str) -> list[Instance]:
         return self._ordered(self._by_node.get(node, ()))
@@ -98,30 +134,113 @@ class Ledger:
     def _index(self, instance: Instance) -> None:
         self._by_target.setdefault(key_of(instance.target), set()).add(instance.id)
         self._by_node.setdefault(instance.node, set()).add(instance.id)
+        if instance.replaces:
+            self._replaced[instance.replaces] = instance.id
+        self.note_state(instance)
         self._private[instance.node] = self._private.get(instance.node, 0) + instance.memory_mb
+        self._gpus[instance.node] = self._gpus.get(instance.node, 0) + instance.gpus
         if instance.digest:
             shared = self._shared.setdefault(instance.node, {})
             shared[instance.digest] = shared.get(instance.digest, 0) + 1
+            if shared[instance.digest] == 1:
+                self._attached.setdefault(instance.digest, set()).add(instance.node)
+                self._attached_mb[instance.node] = self._attached_mb.get(instance.node, 0) + self.size_mb(
+                    instance.digest
+                )
 
     def _unindex(self, instance: Instance) -> None:
         _discard(self._by_target, key_of(instance.target), instance.id)
         _discard(self._by_node, instance.node, instance.id)
+        self._replaced.pop(instance.replaces, None)
+        if (heir := self._replaced.pop(instance.id, "")) in self.state.instances:
+            self.state.instances[heir].replaces = ""  # it has taken over
+        for index in (self._loading, self._ending, self._spare):
+            if instance.id in index.get(instance.node, ()):
+                _discard(index, instance.node, instance.id)
+        self.where.touch(instance.node)
         self._private[instance.node] -= instance.memory_mb
-        if not self._private[instance.node] and instance.node not in self._by_node:
-            del self._private[instance.node]
+        self._gpus[instance.node] -= instance.gpus
+        if instance.node not in self._by_node:
+            del self._private[instance.node], self._gpus[instance.node]
         if instance.digest:
             shared = self._shared[instance.node]
             shared[instance.digest] -= 1
             if not shared[instance.digest]:
                 del shared[instance.digest]
+                _discard(self._attached, instance.digest, instance.node)
+                self._attached_mb[instance.node] -= self.size_mb(instance.digest)
             if not shared:
-                del self._shared[instance.node]
+                del self._shared[instance.node], self._attached_mb[instance.node]
+
+    def note_state(self, instance: Instance) -> None:
+        """Call it after its state has changed."""
+        for index, states in ((self._loading, ("requested", "starting")), (self._ending, ("draining",))):
+            if instance.state in states:
+                index.setdefault(instance.node, set()).add(instance.id)
+            elif instance.id in index.get(instance.node, ()):
+                _discard(index, instance.node, instance.id)
+        self.where.touch(instance.node)
+
+    def note_spare(self, key: str, wanted: int, live: Sequence[Instance]) -> bool:
+        """The target wants that many of its live instances: so many of the ready ones as are beyond that may go,
+        those that run nothing and the newest first. True when one of them could not before."""
+        instances, spare = self.state.instances, self._spare
+        mine = self._by_target.get(key, ())
+        beyond = len(live) - wanted
+        after: set[str] = set()
+        if beyond > 0:
+            ready = [instance for instance in live if instance.state == "ready"]
+            if beyond < len(ready):
+                ready.sort(key=lambda instance: (instance.running > 0, -instance.seq))
+            after.update(instance.id for instance in ready[:beyond])
+        before = {name for name in mine if name in spare.get(instances[name].node, ())}
+        if before == after:
+            return False
+        for name in before ^ after:
+            node = instances[name].node
+            if name in before:
+                _discard(spare, node, name)
+            else:
+                spare.setdefault(node, set()).add(name)
+            self.where.touch(node)
+        return not after <= before
+
+    def loading_on(self, node: str) -> list[Instance]:
+        """Those that start there, in no order."""
+        return [self.state.instances[name] for name in self._loading.get(node, ())]
+
+    def ending_on(self, node: str) -> list[Instance]:
+        """Those that drain there, in no order; and those that another is about to replace."""
+        instances = self.state.instances
+        ending = [instances[name] for name in self._ending.get(node, ())]
+        if self._replaced:
+            here = self._by_node.get(node, ())
+            ending += [i for name in here if name in self._replaced and (i := instances[name]).state in tables.LIVE]
+        return ending
+
+    def spare_on(self, node: str) -> list[Instance]:
+        return [self.state.instances[name] for name in self._spare.get(node, ())]
 
     # -- memory ----------------------------------------------------------------------------------------------
 
     def used_mb(self, node: str) -> int:
         """Private memory of all instances there, and each checkpoint they attach once."""
-        return self._private.get(node, 0) + sum(self.size_mb(digest) for digest in self._shared.get(node, ()))
+        return self._private.get(node, 0) + self._attached_mb.get(node, 0)
+
+    def attached(self, digest: str) -> Collection[str]:
+        """Nodes where an instance has the checkpoint attached, or soon will."""
+        return self._attached.get(digest, ())
+
+    def note_size(self, digest: str, size: int) -> None:
+        """How many bytes a checkpoint has."""
+        before = self.size_mb(digest)
+        self.state.sizes[digest] = size
+        for node in self._attached.get(digest, ()):
+            self._attached_mb[node] += self.size_mb(digest) - before
+            self.where.touch(node)
+
+    def used_gpus(self, node: str) -> int:
+        return self._gpus.get(node, 0)
 
     def shares(self, node: str, digest: str) -> int:
         """Instances on the node that have the checkpoint attached, or soon will."""
@@ -216,19 +335,14 @@ class Ledger:
         """Nodes that take new instances."""
         return [node for node in self.state.nodes.values() if node.state == "up" and not node.cordoned]
 
-    def note_checkpoint(self, node: Node, digest: str) -> None:
-        """It is on the node's disk."""
-        if digest not in node.checkpoints:
-            bisect.insort(node.checkpoints, digest)
-
     # -- checking --------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
         """Raises AssertionError when an index or a relation between records does not hold."""
         state, fresh = self.state, Ledger(self.state)
-        for name in ("_by_target", "_by_node", "_demand", "_shared"):
+        self.where.validate(state.nodes)
+        for name in INDEXES:
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the state gives"
-        assert {k: v for k, v in self._private.items() if v} == {k: v for k, v in fresh._private.items() if v}
         for instance in state.instances.values():
             node = state.nodes.get(instance.node)
             assert node is not None and node.state == "up", f"{instance.id} is on {instance.node}, which is not up"
@@ -268,6 +382,8 @@ def resolve(version: Version, function: str) -> FunctionSpec | None:
     if spec is None or spec.checkpoint is None:
         return spec
     digest = version.digests.get(function, spec.checkpoint.digest)
+    if digest == spec.checkpoint.digest:
+        return spec
     return replace(spec, checkpoint=replace(spec.checkpoint, digest=digest))
 
 

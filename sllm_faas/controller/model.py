@@ -85,6 +85,9 @@ class Instance:
     size: int = 0
     """Bytes of its checkpoint."""
     predicted: float = 0.0
+    gpus: int = 0
+    queued: float = 0.0
+    """Seconds its reading was expected to wait for those promised to the node before it."""
     load: float = 0.0
     """Seconds of checkpoint reading promised to its node while it starts."""
     expected: Warmth = "cold"
@@ -102,6 +105,10 @@ class Instance:
     pid: int = 0
     running: int = 0
     timeline: Timeline = field(default_factory=Timeline)
+    tokens: int = 0
+    """In the contexts of what runs there, as last told."""
+    replaces: str = ""
+    """The busy instance it takes over from, which counts as live until then, and this one does not."""
     stopping: str = ""
     """Why it drains."""
 

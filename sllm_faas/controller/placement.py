@@ -1,37 +1,80 @@
-"""Where an instance starts: the node with the least estimated start among those it fits. Pure and deterministic.
+"""Where an instance starts: the cheapest way to a running instance among those its candidates offer. Pure.
 
-Admission: an instance needs its private memory, and its checkpoint's bytes once per node however many instances share
-them. A node whose memory is unknown (0) admits everything. When no node has room, idle instances of others are
-chosen to go: the node needing the fewest stops, then the least estimate. When memory is already being freed there,
-the start waits for it instead of evicting more.
+For every candidate node, cheapest first, in estimated seconds to the first token plus the harm to others:
 
-The answer says in a sentence which candidates there were and why the winner won.
+    it has room                        the estimate
+    room is being freed there          + Costs.freeing
+    idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
+    busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
+
+Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
+many instances share them. A node whose memory is unknown (0) admits everything.
+
+Deterministic: the same candidates in any order give the same choice. The answer says in a sentence which candidates
+there were and why the winner won; that is put into words only when somebody asks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from sllm_faas.controller.estimate import Estimate
 
 SHOWN = 5
-EVICTION_COST = 0.5
-"""Seconds charged per instance that must go: its drain, and the start it may cost its own function later."""
+MOVES = 4
+"""Nodes, the cheapest, that are asked what could move away from them: that is the dearest question."""
+STATES = 64
+"""Of the dynamic program at most: beyond, those that miss most are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a choice is charged for its harm to others, in seconds.
+
+    `freeing`: room that is being freed, because that drain is not over yet. `eviction`: each instance that must go, its
+    function may be called again at once; and the `reload` share of its own start, as often as it will be missed soon.
+    `move`: each that moves, a pause to its caller.
+    """
+
+    freeing: float = 0.2
+    eviction: float = 0.5
+    reload: float = 0.25
+    move: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """An instance that nobody needs now, and the memory (MiB) its end gives back."""
+    """An instance that nobody needs now, and what its end gives back. `reload`: seconds its own start took."""
 
     instance: str
     memory_mb: int
     since: float
+    gpus: int = 0
+    reload: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
+class Movable:
+    """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over. With no room
+    for it anywhere `to` is empty and `seconds` infinite."""
+
+    instance: str
+    memory_mb: int
+    gpus: int
+    to: str
+    seconds: float
+
+
+def nothing() -> tuple[()]:
+    return ()
+
+
+@dataclass(slots=True)
 class Candidate:
-    """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` is asked only when nothing fits."""
+    """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` and `movable` are asked only where
+    there is no room."""
 
     name: str
     need_mb: int
@@ -40,24 +83,68 @@ class Candidate:
     freeing_mb: int
     estimate: Estimate
     idle: Callable[[], Sequence[Idle]]
+    need_gpus: int = 0
+    free_gpus: int = 0
+    total_gpus: int = 0
+    freeing_gpus: int = 0
+    movable: Callable[[], Sequence[Movable]] = nothing
 
     def fits(self) -> bool:
-        return self.free_mb is None or self.need_mb <= self.free_mb
+        return (self.free_mb is None or self.need_mb <= self.free_mb) and self.need_gpus <= self.free_gpus
+
+    def will_fit(self) -> bool:
+        """When what is ending there has ended."""
+        return self.missing_mb <= 0 and self.missing_gpus <= 0
+
+    @property
+    def big_enough(self) -> bool:
+        return (self.free_mb is None or self.need_mb <= self.total_mb) and self.need_gpus <= self.total_gpus
+
+    @property
+    def missing_mb(self) -> int:
+        return 0 if self.free_mb is None else self.need_mb - self.free_mb - self.freeing_mb
+
+    @property
+    def missing_gpus(self) -> int:
+        return self.need_gpus - self.free_gpus - self.freeing_gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
+    """`others` are the next best, `total` the number that were considered, `full` those without room."""
+
     node: str
     estimate: Estimate
-    why: str
+    others: tuple[tuple[str, float], ...] = ()
+    more: int = 0
+    full: int = 0
+
+    @property
+    def why(self) -> str:
+        text = f"{self.node}: {self.estimate}"
+        if self.others:
+            text += "; over " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.others)
+            if self.more:
+                text += f" and {self.more} more"
+        return text + (f"; {self.full} without room" if self.full else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Stop these, then place again."""
+    """Stop these, then place again. `drain`: as in wire.messages.Stop."""
 
     node: str
     instances: tuple[str, ...]
+    why: str
+    drain: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Start each of these anew at its second, hand it over, then place again."""
+
+    node: str
+    moves: tuple[tuple[str, str], ...]
     why: str
 
 
@@ -69,30 +156,124 @@ class Full:
     never: bool = False
 
 
-def place(candidates: Iterable[Candidate]) -> Placed | Evict | Full:
+Choice = Placed | Evict | Move | Full
+
+
+class Policy(Protocol):
+    """How nodes are chosen. `exhaustive`: it wants to see every node, not the promising ones."""
+
+    exhaustive: bool
+
+    def place(self, candidates: Sequence[Candidate]) -> Choice: ...
+
+
+class Cheapest:
+    """The platform's own policy."""
+
+    exhaustive = False
+
+    def place(self, candidates: Sequence[Candidate]) -> Choice:
+        return place(candidates)
+
+
+DEFAULT = Costs()
+
+
+def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     nodes = list(candidates)
     if not nodes:
         return Full("no node is up and open for instances")
-    fitting = [node for node in nodes if node.fits()]
-    if fitting:
-        ranked = sorted(fitting, key=_rank)
-        return Placed(ranked[0].name, ranked[0].estimate, _explain(ranked, len(nodes)))
-    if all(node.total_mb < node.need_mb for node in nodes):
-        biggest = max(nodes, key=lambda node: node.total_mb)
-        return Full(
-            f"it needs {biggest.need_mb} MiB; the biggest node, {biggest.name}, has {biggest.total_mb} MiB", never=True
-        )
-    for node in sorted(nodes, key=_rank):
-        if node.free_mb is not None and node.need_mb <= node.free_mb + node.freeing_mb:
-            return Full(f"waits for memory that is being freed on {node.name}")
-    plans = [plan for node in nodes if (plan := _evict(node)) is not None]
-    if not plans:
-        return Full(
-            f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB free, and nothing there is idle"
-        )
-    _, node, chosen = min(plans, key=lambda plan: (plan[0], plan[1].name))
-    return Evict(
-        node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {node.need_mb} MiB, then {node.estimate}"
+    ranked = sorted(nodes, key=_rank)
+    fitting = [node for node in ranked if node.fits()]
+    best = fitting[0].estimate.total if fitting else float("inf")
+    choice: Choice | None = _placed(fitting, len(nodes)) if fitting else None
+    asked = 0
+    for node in ranked:
+        total = node.estimate.total
+        if total >= best:
+            break
+        if node.fits() or not node.big_enough:
+            continue
+        if node.will_fit():
+            if total + costs.freeing < best:
+                choice = Full(f"waits for memory that is being freed on {node.name}")
+                best = total + costs.freeing
+            continue
+        if total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
+            cost = total + sum(costs.eviction + costs.reload * item.reload for item in idle)
+            if cost < best:
+                choice, best = _evict(node, idle), cost
+            continue
+        asked += 1
+        if asked <= MOVES and total + costs.move < best and (moves := cheapest_moves(node, costs)):
+            cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
+            if cost < best:
+                choice, best = _move(node, moves), cost
+    return choice or no_room(nodes)
+
+
+class Part(Protocol):
+    """What can go from a node, and what that gives back."""
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def memory_mb(self) -> int: ...
+    @property
+    def gpus(self) -> int: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
+    """Whom to stop, the longest idle among equals; empty: that would not be enough."""
+    parts = sorted(node.idle(), key=lambda item: (item.since, item.instance))
+    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.eviction + costs.reload * item.reload)
+
+
+def cheapest_moves(node: Candidate, costs: Costs = DEFAULT) -> tuple[Movable, ...]:
+    parts = sorted(node.movable(), key=lambda item: item.instance)
+    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
+
+
+def cheapest(parts: Sequence[P], mb: int, gpus: int, cost_of: Callable[[P], float]) -> tuple[P, ...]:
+    """The cheapest set that gives back that much, the first among equals; empty: none does.
+
+    One that is enough alone is preferred; else dynamic programming over what is still missing: states that another
+    beats in every way are dropped, and what is more than enough counts as enough, so there are few.
+    """
+    order = sorted(parts, key=cost_of)
+    for part in order:
+        if part.memory_mb >= mb and part.gpus >= gpus:
+            return (part,)
+    states: dict[tuple[int, int], tuple[float, tuple[P, ...]]] = {(max(0, mb), max(0, gpus)): (0.0, ())}
+    for part in order:
+        more = cost_of(part)
+        for (need_mb, need_gpus), (cost, chosen) in list(states.items()):
+            left = (max(0, need_mb - part.memory_mb), max(0, need_gpus - part.gpus))
+            if left != (need_mb, need_gpus) and (left not in states or cost + more < states[left][0]):
+                states[left] = (cost + more, (*chosen, part))
+        if len(states) > STATES:
+            kept = sorted(states.items(), key=lambda item: (item[0][1], item[0][0], item[1][0]))[:STATES]
+            states = dict(kept)
+    return states.get((0, 0), (0.0, ()))[1]
+
+
+def no_room(nodes: Sequence[Candidate]) -> Full:
+    """Why none of these takes it, as things are."""
+    if not any(node.big_enough for node in nodes):
+        biggest = max(nodes, key=lambda node: (node.total_gpus, node.total_mb, node.name))
+        if biggest.need_gpus > biggest.total_gpus:
+            what = f"it needs {biggest.need_gpus} GPUs; the most, on {biggest.name}, are {biggest.total_gpus}"
+        else:
+            biggest = max(nodes, key=lambda node: (node.total_mb, node.name))
+            what = f"it needs {biggest.need_mb} MiB; the biggest node, {biggest.name}, has {biggest.total_mb} MiB"
+        return Full(what, never=True)
+    return Full(
+        f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB"
+        + (f" and {nodes[0].need_gpus} GPUs" if nodes[0].need_gpus else "")
+        + " free, and nothing there is idle"
     )
 
 
@@ -101,27 +282,22 @@ def _rank(node: Candidate) -> tuple[float, int, str]:
     return (round(node.estimate.total, 6), -(node.free_mb if node.free_mb is not None else 0), node.name)
 
 
-def _evict(node: Candidate) -> tuple[float, Candidate, tuple[str, ...]] | None:
-    assert node.free_mb is not None
-    missing = node.need_mb - node.free_mb - node.freeing_mb
-    chosen: list[str] = []
-    for idle in sorted(node.idle(), key=lambda idle: (idle.since, idle.instance)):
-        if missing <= 0:
-            break
-        chosen.append(idle.instance)
-        missing -= idle.memory_mb
-    if missing > 0:
-        return None
-    return node.estimate.total + EVICTION_COST * len(chosen), node, tuple(chosen)
+def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
+    others = tuple((node.name, node.estimate.total) for node in fitting[1:SHOWN])
+    more = max(0, len(fitting) - SHOWN)
+    return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting))
 
 
-def _explain(ranked: Sequence[Candidate], total: int) -> str:
-    winner, others = ranked[0], ranked[1:SHOWN]
-    text = f"{winner.name}: {winner.estimate}"
-    if others:
-        text += "; over " + ", ".join(f"{node.name} {node.estimate.total:.2f} s" for node in others)
-        if len(ranked) > SHOWN:
-            text += f" and {len(ranked) - SHOWN} more"
-    if len(ranked) < total:
-        text += f"; {total - len(ranked)} without room"
-    return text
+def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict:
+    chosen = tuple(item.instance for item in sorted(idle, key=lambda item: (item.since, item.instance)))
+    room = f"{node.need_mb} MiB" + (f" and {node.need_gpus} GPUs" if node.need_gpus else "")
+    return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {room}, then {node.estimate}")
+
+
+def _move(node: Candidate, moves: Sequence[Movable]) -> Move:
+    text = ", ".join(f"{item.instance} to {item.to} in {item.seconds:.2f} s" for item in moves)
+    return Move(
+        node.name,
+        tuple((item.instance, item.to) for item in moves),
+        f"{node.name}: moves {text}, then {node.estimate}",
+    )

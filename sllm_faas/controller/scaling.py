@@ -11,24 +11,29 @@ depends on its version:
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from sllm_faas.controller import autoscale, estimate, placement, tables
+from sllm_faas.controller import autoscale, placement, tables
+from sllm_faas.controller.candidates import Candidates
 from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
+from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
-from sllm_faas.controller.model import Instance, Node, TargetState, key_of
+from sllm_faas.controller.model import Instance, TargetState
 from sllm_faas.errors import NoCapacity, NotFound, to_info
-from sllm_faas.spec import FunctionSpec, Scaling, Target, Tier, Warmth
+from sllm_faas.spec import FunctionSpec, Scaling, Target
 from sllm_faas.wire.messages import Start, Stop, TargetFailed
 
 Mode = Literal["serving", "warming", "superseded", "gone"]
 
 
 class Scaler:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, policy: placement.Policy, migrate: bool) -> None:
         self.ledger = ledger
+        self.policy = policy
+        self.candidates = Candidates(ledger, migrate=migrate, exhaustive=policy.exhaustive)
         self.state = ledger.state
 
     # -- what is owed ----------------------------------------------------------------------------------------
@@ -89,6 +94,8 @@ class Scaler:
             record.desired = want
 
         live = self.ledger.live(key)
+        if self.ledger.note_spare(key, want, live):
+            self.ledger.dirty.update(self.state.blocked)  # who waits for room may have theirs
         blocked = ""
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live)
@@ -113,15 +120,16 @@ class Scaler:
             # After a failure one start is the probe; the others wait for how it ends.
             missing = min(missing, 1 - sum(instance.state != "ready" for instance in live))
         for _ in range(missing):
-            candidates = [self._candidate(node, record.target, spec) for node in self.ledger.open_nodes()]
-            choice = placement.place(candidates)
-            record.placement = choice.why
+            choice = self.policy.place(self.candidates.of(record.target, spec))
+            why = record.placement = choice.why
             if isinstance(choice, placement.Placed):
-                self._start(record.target, spec, choice)
+                self._start(record.target, spec, choice.node, choice.estimate, why)
                 continue
             if isinstance(choice, placement.Evict):
                 for name in choice.instances:
-                    self.stop(self.state.instances[name], f"evicted for {record.target}", None)
+                    self.stop(self.state.instances[name], f"evicted for {record.target}", choice.drain)
+            elif isinstance(choice, placement.Move):
+                self._move(record.target, choice)
             elif choice.never and not live:
                 record.error = to_info(
                     NoCapacity(
@@ -131,7 +139,7 @@ class Scaler:
                 )
                 record.retry_at = self.ledger.now + autoscale.BACKOFF_LIMIT
                 self.ledger.wake_target(record, record.retry_at)
-            return choice.why
+            return why
         return ""
 
     def _shrink(self, record: TargetState, window: float, hold: float, live: Sequence[Instance]) -> None:
@@ -161,12 +169,13 @@ class Scaler:
                 self.ledger.wake_target(record, min(later))
 
     def _block(self, record: TargetState, key: str, why: str) -> None:
+        if bool(why) != bool(record.blocked):
+            blocked = self.state.blocked
+            if why:
+                insort(blocked, key)
+            else:
+                del blocked[bisect_left(blocked, key)]
         record.blocked = why
-        blocked = set(self.state.blocked)
-        if why and key not in blocked:
-            self.state.blocked = sorted(blocked | {key})
-        elif not why and key in blocked:
-            self.state.blocked = sorted(blocked - {key})
 
     def _refuse(self, record: TargetState, key: str) -> None:
         """Tell those who wait that nothing will come, once per demand they sent."""
@@ -192,83 +201,39 @@ class Scaler:
 
     # -- starting and stopping -------------------------------------------------------------------------------
 
-    def _candidate(self, node: Node, target: Target, spec: FunctionSpec) -> placement.Candidate:
-        ledger, info = self.ledger, node.info
-        digest = spec.checkpoint.digest if spec.checkpoint else ""
-        attached = bool(digest) and ledger.shares(node.name, digest) > 0
-        tier: Tier = "dram" if attached else "disk" if not digest or digest in node.checkpoints else "remote"
-        function = f"{target.app}/{target.function}"
-        guess = estimate.estimate(
-            self.state.book,
-            info.bandwidth,
-            node.name,
-            function,
-            self._warmth(node, target, spec),
-            tier,
-            self.state.sizes.get(digest, 0),
-            self._promised(node),
-        )
-        need = spec.memory_mb + (0 if attached else ledger.size_mb(digest))
-        return placement.Candidate(
-            name=node.name,
-            need_mb=need,
-            free_mb=info.memory_mb - ledger.used_mb(node.name) if info.memory_mb else None,
-            total_mb=info.memory_mb,
-            freeing_mb=self._freeing(node),
-            estimate=guess,
-            idle=lambda: self._idle(node, target),
-        )
+    def _move(self, target: Target, choice: placement.Move) -> None:
+        """Start each of the busy ones anew where it goes; it is stopped there once the new one is ready."""
+        for name, to in choice.moves:
+            old = self.state.instances[name]
+            spec = self.ledger.function(old.target)
+            assert spec is not None
+            guess = self.candidates.one(self.state.nodes[to], old.target, spec).estimate
+            self._start(old.target, spec, to, guess, f"takes over from {name}, which makes room for {target}", name)
 
-    def _warmth(self, node: Node, target: Target, spec: FunctionSpec) -> Warmth:
-        if f"{target.app}/{target.function}@{target.version}" in node.templates:
-            return "template"
-        libs = libs_of(spec)
-        return "libs" if not libs or libs in node.libs else "base"
-
-    def _promised(self, node: Node) -> float:
-        """Seconds until the loads promised to the node are read, as if one after another."""
-        loads = (i for i in self.ledger.on_node(node.name) if i.load and i.state in ("requested", "starting"))
-        return sum(max(0.0, instance.asked + instance.load - self.ledger.now) for instance in loads)
-
-    def _freeing(self, node: Node) -> int:
-        return self.ledger.gives_back(i for i in self.ledger.on_node(node.name) if i.state == "draining")
-
-    def _idle(self, node: Node, target: Target) -> list[placement.Idle]:
-        """Ready instances on the node beyond what their own target wants at this moment."""
-        spare: dict[str, int] = {}
-        found = []
-        for instance in self.ledger.on_node(node.name):
-            key = key_of(instance.target)
-            if instance.state != "ready" or instance.target == target:
-                continue
-            if key not in spare:
-                spare[key] = len(self.ledger.live(key)) - self.state.targets[key].desired
-            if spare[key] > 0:
-                spare[key] -= 1
-                memory = self.ledger.gives_back([instance])
-                found.append(placement.Idle(instance.id, memory, instance.ready or 0.0))
-        return found
-
-    def _start(self, target: Target, spec: FunctionSpec, choice: placement.Placed) -> None:
+    def _start(
+        self, target: Target, spec: FunctionSpec, node: str, guess: Estimate, why: str, replaces: str = ""
+    ) -> None:
         self.state.created += 1
-        guess = choice.estimate
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         instance = Instance(
             id=f"ins-{self.state.life}-{self.state.created}",
             seq=self.state.created,
             target=target,
-            node=choice.node,
+            node=node,
             state="requested",
             asked=self.ledger.now,
             memory_mb=spec.memory_mb,
             digest=digest,
             size=self.state.sizes.get(digest, 0),
             predicted=guess.total,
+            gpus=spec.gpus,
+            queued=guess.queue,
             load=guess.load,
+            replaces=replaces,
             expected=guess.warmth,
             warmth=guess.warmth,
             tier=guess.tier,
-            why=choice.why,
+            why=why,
             concurrency=spec.concurrency,
         )
         self.ledger.add_instance(instance)
@@ -276,9 +241,7 @@ class Scaler:
         assert version is not None
         bundle = version.spec.bundle if spec.kind != "llm" else ""
         self.ledger.emit(
-            SendStart(
-                choice.node, Start(instance.id, target, spec, bundle, why=choice.why, predicted=round(guess.total, 4))
-            )
+            SendStart(node, Start(instance.id, target, spec, bundle, why=why, predicted=round(guess.total, 4)))
         )
 
     def stop(self, instance: Instance, why: str, drain: float | None) -> None:
@@ -290,9 +253,6 @@ class Scaler:
             return
         instance.state = "draining"
         instance.stopping = instance.stopping or why
+        self.ledger.note_state(instance)
         self.ledger.touch(instance.target)
         self.ledger.emit(SendStop(instance.node, Stop(instance.id, drain, why)))
-
-
-def libs_of(spec: FunctionSpec) -> str:
-    return ",".join(sorted(spec.libs)) or ("llm" if spec.kind == "llm" else "")

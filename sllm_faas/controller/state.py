@@ -50,6 +50,7 @@ from sllm_faas.controller.deployments import Deployments
 from sllm_faas.controller.instances import Instances
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import App, Gateway, Node, NodeState, State, Version, VersionState
+from sllm_faas.controller.placement import Cheapest, Policy
 from sllm_faas.controller.scaling import Scaler
 from sllm_faas.errors import IllegalTransition
 from sllm_faas.wire.messages import FunctionRoute
@@ -60,11 +61,14 @@ SETTLE = 3.0
 
 
 class Machine:
-    def __init__(self, life: str, state: State | None = None) -> None:
-        """`life` names this controller's life and goes into the ids it gives."""
+    def __init__(
+        self, life: str, state: State | None = None, policy: Policy | None = None, *, migrate: bool = False
+    ) -> None:
+        """`life` names this controller's life and goes into the ids it gives. `policy` places; `migrate`: busy
+        instances may be moved, because the nodes know how to."""
         self.state = state or State(life)
         self.ledger = Ledger(self.state)
-        self.scaler = Scaler(self.ledger)
+        self.scaler = Scaler(self.ledger, policy or Cheapest(), migrate)
         self.deployments = Deployments(self.ledger)
         self.instances = Instances(self.ledger, self.scaler, self.deployments)
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -97,6 +101,7 @@ class Machine:
         self._handlers[type(event)](event)
         self._wake_due()
         self._settle()
+        self.scaler.candidates.keep_up()
         return self.ledger.end()
 
     def next_deadline(self) -> float | None:
@@ -188,6 +193,7 @@ class Machine:
                 node = Node(known.name, "lost", self.ledger.now, known.info, cordoned=known.cordoned)
                 node.checkpoints = sorted(known.info.checkpoints)
                 self.state.nodes[known.name] = node
+                self.ledger.where.add(node)
                 self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{known.name}")
                 self.state.settle_until = self.ledger.now + SETTLE
         if self.state.settle_until:
@@ -247,12 +253,15 @@ class Machine:
         changed = node is None or node.info != info
         if node is None:
             node = self.state.nodes[info.name] = Node(info.name, state, self.ledger.now, info, cordoned=event.cordoned)
+        else:
+            self.ledger.where.remove(node)
         if node.life != event.life:
             node.templates, node.libs, node.draining = [], [], False
         if before != "up":
             node.since = self.ledger.now
         node.state, node.info, node.life = state, info, event.life
         node.checkpoints = sorted(info.checkpoints)
+        self.ledger.where.add(node)
         if changed:
             self.ledger.emit(PublishNode(info))
         self.instances.take_reports(node, event.reports)
@@ -274,6 +283,7 @@ class Machine:
     def _node_lost(self, event: ev.NodeLost) -> None:
         node = self._node(event.name, "silent")
         self._move_node(node, "silent")
+        self.ledger.where.touch(node.name)
         node.since = self.ledger.now
         self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{node.name}")
         self.instances.lose_all(node)
@@ -287,12 +297,14 @@ class Machine:
         self.deployments.reassign_checks(node.name)
 
     def _remove_node(self, node: Node) -> None:
+        self.ledger.where.remove(node)
         del self.state.nodes[node.name]
         self.ledger.emit(WithdrawNode(node.name))
 
     def _node_cordoned(self, event: ev.NodeCordoned) -> None:
         node = self._node(event.name, "cordoned")
         node.cordoned = event.cordoned
+        self.ledger.where.touch(node.name)
         if not event.cordoned:
             node.draining = False
             self._room()
@@ -300,15 +312,19 @@ class Machine:
     def _node_drained(self, event: ev.NodeDrained) -> None:
         node = self._node(event.name, "drained")
         node.cordoned = node.draining = True
+        self.ledger.where.touch(node.name)
         for instance in self.ledger.on_node(node.name):
             self.scaler.stop(instance, f"node {node.name} is drained", None)
 
     def _node_stats(self, event: ev.NodeStatsSeen) -> None:
-        self._node(event.name, "stats").stats = event.stats
+        node = self._node(event.name, "stats")
+        self.ledger.where.remove(node)
+        node.stats = event.stats
+        self.ledger.where.add(node)
 
     def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:
-        self.ledger.note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
-        self.state.sizes[event.digest] = event.bytes
+        self.ledger.where.note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
+        self.ledger.note_size(event.digest, event.bytes)
 
     def _move_node(self, node: Node, event: str) -> None:
         after = tables.move(tables.NODE, f"node {node.name}", node.state, event)

@@ -42,6 +42,8 @@ class InstanceReport:
     running: int = 0
     timeline: Timeline = field(default_factory=Timeline)
     error: ErrorInfo | None = None
+    tokens: int = 0
+    """In the contexts of what runs there, where they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +278,8 @@ class NodeStats:
     memory_free_mb: int
     disk_free_mb: int
     instances: int
+    resident: tuple[str, ...] = ()
+    """Digests of the checkpoints that are whole in its DRAM tier."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

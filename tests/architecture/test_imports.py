@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.wire": (*GROUND, "sllm_faas.modules"),
     "sllm_faas.dispatch": (*GROUND, "sllm_faas.parameters", "sllm_faas.wire"),
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),
+    "sllm_faas.sim": (*SHARED, "sllm_faas.dispatch", "sllm_faas.controller"),
     "sllm_gateway": (*SHARED, "sllm_faas.dispatch"),
     "sllm_invoker.checkpoints": (*SHARED, "sllm_invoker.runner.attach"),
     "sllm_invoker.runner": (*SHARED, "sllm_invoker.checkpoints", "sllm._runtime", "sllm._context"),
@@ -57,6 +58,9 @@ PURE = [
     "sllm_faas/controller/estimate.py",
     "sllm_faas/controller/placement.py",
     "sllm_faas/controller/autoscale.py",
+    "sllm_faas/controller/candidates.py",
+    "sllm_faas/controller/index.py",
+    "sllm_faas/controller/locality.py",
     "invoker/sllm_invoker/containers/pool.py",
 ]
 

@@ -1,0 +1,86 @@
+"""Which nodes have what: checkpoints on disk, attached and in DRAM, templates of versions. Pure bookkeeping.
+
+The nodes' records say the same the other way round; whoever changes one does it here, so both stay in step, and the
+nodes whose records changed are remembered (`take_stale`) for those who keep an index of nodes.
+Invariant (`validate`): the maps are exactly what a scan of the nodes would give.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterable, Mapping
+
+from sllm_faas.controller.model import Node
+
+NOWHERE: frozenset[str] = frozenset()
+
+
+class Locality:
+    def __init__(self, nodes: Mapping[str, Node]) -> None:
+        self._holders: dict[str, set[str]] = {}
+        self._resident: dict[str, set[str]] = {}
+        self._templates: dict[str, set[str]] = {}
+        self._stale: set[str] = set()
+        for node in nodes.values():
+            self.add(node)
+
+    def holders(self, digest: str) -> Collection[str]:
+        """Nodes with the checkpoint on disk."""
+        return self._holders.get(digest, NOWHERE)
+
+    def resident(self, digest: str) -> Collection[str]:
+        """Nodes with the checkpoint whole in DRAM."""
+        return self._resident.get(digest, NOWHERE)
+
+    def templates(self, name: str) -> Collection[str]:
+        """Nodes where the version's template layer exists; `name`: `app/function@version`."""
+        return self._templates.get(name, NOWHERE)
+
+    # -- changes ---------------------------------------------------------------------------------------------
+
+    def add(self, node: Node) -> None:
+        """Take in a node with all that it has. Pair of `remove`, also before and after replacing its lists."""
+        for index, names in self._parts(node):
+            for name in names:
+                index.setdefault(name, set()).add(node.name)
+        self._stale.add(node.name)
+
+    def remove(self, node: Node) -> None:
+        for index, names in self._parts(node):
+            for name in names:
+                index[name].discard(node.name)
+                if not index[name]:
+                    del index[name]
+        self._stale.add(node.name)
+
+    def note_checkpoint(self, node: Node, digest: str) -> None:
+        if node.name not in self.holders(digest):
+            insort(node.checkpoints, digest)
+            self._holders.setdefault(digest, set()).add(node.name)
+
+    def note_template(self, node: Node, name: str) -> None:
+        if node.name not in self.templates(name):
+            insort(node.templates, name)
+            self._templates.setdefault(name, set()).add(node.name)
+
+    def touch(self, node: str) -> None:
+        """Something else about the node changed."""
+        self._stale.add(node)
+
+    def take_stale(self) -> set[str]:
+        """Nodes that changed since the last call."""
+        stale, self._stale = self._stale, set()
+        return stale
+
+    def _parts(self, node: Node) -> tuple[tuple[dict[str, set[str]], Iterable[str]], ...]:
+        resident = node.stats.resident if node.stats is not None else ()
+        return (
+            (self._holders, node.checkpoints),
+            (self._resident, resident),
+            (self._templates, node.templates),
+        )
+
+    def validate(self, nodes: Mapping[str, Node]) -> None:
+        fresh = Locality(nodes)
+        for name in ("_holders", "_resident", "_templates"):
+            assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the nodes say"
