@@ -58,6 +58,8 @@ PURE = [
     "sllm_faas/controller/placement.py",
     "sllm_faas/controller/autoscale.py",
     "invoker/sllm_invoker/containers/pool.py",
+    "invoker/sllm_invoker/checkpoints/slab_book.py",
+    "invoker/sllm_invoker/checkpoints/eviction.py",
 ]
 
 
