@@ -70,6 +70,10 @@ def _memory(value: int) -> str:
     return "" if value == 0 or 64 <= value <= 64 * 1024 * 1024 else "0 (80 % of the machine), or 64 to 67108864 MiB"
 
 
+def _dram(value: int) -> str:
+    return "" if -1 <= value <= 64 * 1024 * 1024 else "-1 (a quarter of memory_mb), 0 (none), or up to 67108864 MiB"
+
+
 def _setting(default: Any, help_: str, check: Check = _anything, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help_, "check": check, **metadata})
 
@@ -90,6 +94,9 @@ class Config:
         "", "endpoint for other machines, tcp://HOST:PORT: nodes join there; a joined node is reached there", _listen
     )
     memory_mb: int = _setting(0, "MiB for all functions of this machine; 0: 80 % of it", _memory)
+    dram_mb: int = _setting(
+        -1, "MiB of memory that keep checkpoints; -1: a quarter of memory_mb; 0: the page cache alone", _dram
+    )
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")
     shutdown_grace: float = _setting(30.0, "seconds that running invocations get at a stop", _between(0.0, 3600.0))
@@ -195,6 +202,11 @@ class Config:
     def node_memory_mb(self) -> int:
         """MiB one invoker may hand out: its share of `memory_mb`, or of 80 % of the machine."""
         return (self.memory_mb or machine_memory_mb() * 4 // 5) // max(1, self.invokers)
+
+    @property
+    def node_dram_mb(self) -> int:
+        """MiB of memory in which one invoker keeps checkpoints."""
+        return self.node_memory_mb // 4 if self.dram_mb < 0 else self.dram_mb // max(1, self.invokers)
 
     # -- making, writing, reading ----------------------------------------------------------------------------
 

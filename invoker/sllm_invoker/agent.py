@@ -45,6 +45,7 @@ from sllm_invoker.containers.zygote import ENTRY, become_subreaper
 from sllm_invoker.ingests import Ingests
 from sllm_invoker.instances import Instances
 from sllm_invoker.logs import LogBook
+from sllm_invoker.memory_tier import MemoryTier
 from sllm_invoker.relay import Answer, Relay, RelayEvents, life
 from sllm_invoker.relay_core import RelayCore
 from sllm_invoker.requests import Requests
@@ -87,10 +88,13 @@ class Agent:
         self.runtime = ProcessRuntime(name, self._tree, entry=self._entry)
         self.book = LogBook(config.logs_dir, name)
         self.ingests = Ingests(CheckpointStore(config.checkpoints_dir), self._tree, self.directory)
+        self.tier = MemoryTier(
+            config.checkpoints_dir, config.node_dram_mb, self._tree, users=lambda digest: self.instances.users(digest)
+        )
         self.bundles = Bundles(self.directory / "src", self._ask_bundle)
         place = Place(
-            name, self.directory, config.secrets_dir, self.runtime, self.bundles, self.ingests, self.book,
-            config.node_memory_mb,
+            name, self.directory, config.secrets_dir, self.runtime, self.bundles, self.ingests, self.tier,
+            self.book, config.node_memory_mb,
         )  # fmt: skip
         core = RelayCore(name, stream_window=config.stream_window, orphan_grace=config.orphan_grace)
         events = RelayEvents(self._from_container, self._on_request, self._on_cancel, self._on_kill, self._on_drain)
@@ -101,6 +105,8 @@ class Agent:
         self.checks = Checks(place, self.relay.container_endpoint, self._checked, self._progress)
         self.requests = Requests(self.book, self.ingests.store, self._digests_in_use)
         self._digests = await asyncio.to_thread(self.ingests.digests)
+        self.tier.start()
+        self.tier.expect(await asyncio.to_thread(self.ingests.largest))
         await self.runtime.warm()
         self.uplink = Uplink(
             self._token.endpoint if self._token else config.controller_endpoint,
@@ -125,6 +131,7 @@ class Agent:
         self.relay.close()
         self.uplink.close()
         await self.runtime.close()
+        await self.tier.close()
         self.book.close()
         await asyncio.sleep(LEAVE)
         if self._admission is not None:
@@ -207,6 +214,7 @@ class Agent:
                 ingest.checkpoint, ingest.name, lambda *step: self._progress(Progress(ingest.request, *step))
             )
             answer = Ingested(ingest.request, digest, size)
+            self.tier.expect(size)
             self._digests = tuple(sorted({*self._digests, digest}))
         except (SllmError, OSError) as error:
             answer = Ingested(ingest.request, error=to_info(error))

@@ -16,6 +16,7 @@ from sllm_invoker.bundles import Bundles
 from sllm_invoker.containers.base import ContainerSpec, Event, Exited, Handle, Output, Runtime
 from sllm_invoker.ingests import Ingests
 from sllm_invoker.logs import LogBook, Source
+from sllm_invoker.memory_tier import MemoryTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Place:
     runtime: Runtime
     bundles: Bundles
     ingests: Ingests
+    tier: MemoryTier
     book: LogBook
     memory_mb: int
     """MiB of the node for all instances; one may at most use that."""

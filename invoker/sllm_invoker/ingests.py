@@ -1,4 +1,4 @@
-"""Checkpoints on this node: present or brought here by an ingest process of its own, then read ahead.
+"""Checkpoints on this node: present or brought here by an ingest process of its own.
 
 Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
 reports JSON lines. Invariant: one ingest per source at a time, however many ask; what a killed invoker left running is
@@ -9,46 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
-import mmap
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
-from sllm_faas.spec import CheckpointSpec, Tier
+from sllm_faas.spec import CheckpointSpec
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
 
 Report = Callable[[str, int, int], None]
 """(stage, done, total)."""
-
-READ = 64 * 1024 * 1024
-"""Bytes per read: the GIL is contended for less often the larger it is."""
-RESIDENT = 0.99
-
-
-@dataclass(frozen=True, slots=True)
-class ReadAhead:
-    """Where a checkpoint's bytes were, and how fast they came (0 where nothing had to be read)."""
-
-    tier: Tier
-    bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        speed = f" {self.bytes / self.seconds / 1e9:.2f} GB/s" if self.tier == "disk" and self.seconds > 0 else ""
-        return f"tier={self.tier}{speed}"
 
 
 class Ingests:
@@ -57,6 +36,10 @@ class Ingests:
         self._tree = tree
         self._scratch = scratch
         self._running: dict[tuple[str, str, str], tuple[asyncio.Task[str], list[Report]]] = {}
+
+    def largest(self) -> int:
+        """Bytes of the largest checkpoint on this node."""
+        return max((entry.manifest.total_bytes for entry in self.store.list()), default=0)
 
     def digests(self) -> tuple[str, ...]:
         return tuple(entry.digest for entry in self.store.list())
@@ -142,47 +125,6 @@ class Ingests:
     def close(self) -> None:
         for task, _ in self._running.values():
             task.cancel()
-
-
-def read_ahead(directory: Path) -> ReadAhead:
-    """Have the parts of an object in the page cache. Blocks: call it in a thread, beside the container's start."""
-    began = time.perf_counter()
-    size, missing = 0, 0
-    try:
-        for path in sorted(directory.glob("*.safetensors")):
-            length = path.stat().st_size
-            size += length
-            if length and _resident(path, length) < RESIDENT:
-                missing += length
-                _read(path)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {directory.name[:12]} cannot be read: {error.strerror}.") from error
-    return ReadAhead("disk" if missing else "dram", missing, time.perf_counter() - began)
-
-
-def _read(path: Path) -> None:
-    buffer = mmap.mmap(-1, READ)
-    with buffer, path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while file.readinto(buffer):
-            pass
-
-
-def _resident(path: Path, length: int) -> float:
-    """The fraction of the file that is in the page cache."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    pages = -(-length // mmap.PAGESIZE)
-    vector = (ctypes.c_ubyte * pages)()
-    first = ctypes.c_char.from_buffer(mapped)
-    try:
-        failed = ctypes.CDLL(None, use_errno=True).mincore(
-            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), vector
-        )
-    finally:
-        del first
-        mapped.close()
-    return 0.0 if failed else bytes(vector).count(1) / pages
 
 
 def _name(checkpoint: CheckpointSpec) -> str:

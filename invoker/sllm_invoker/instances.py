@@ -23,9 +23,10 @@ from sllm_faas.spec import Span, Timeline
 from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Start, Stop
-from sllm_invoker import ingests, secrets
+from sllm_invoker import secrets
 from sllm_invoker.container import Container, NotReady, Place
 from sllm_invoker.containers.base import ContainerSpec
+from sllm_invoker.memory_tier import Opening
 from sllm_invoker.relay import Relay
 from sllm_invoker.relay_core import Instance
 from sllm_invoker.runner.config import InstanceConfig, dumps
@@ -52,6 +53,8 @@ class Entry:
     state: InstanceState = "starting"
     spans: list[Span] = field(default_factory=list)
     error: ErrorInfo | None = None
+    digest: str = ""
+    """Of the checkpoint object it uses, once that is known."""
     told: int = 0
     """How many invocations ran in it by the last report."""
     work: asyncio.Task[None] | None = None
@@ -86,6 +89,11 @@ class Instances:
 
     def bundles(self) -> set[str]:
         return {entry.start.bundle for entry in self._entries.values()}
+
+    def users(self, digest: str) -> list[int]:
+        """The processes that may have the checkpoint mapped."""
+        handles = [entry.container.handle for entry in self._entries.values() if entry.digest == digest]
+        return [handle.pid for handle in handles if handle is not None]
 
     def checkpoints(self) -> set[str]:
         return {entry.start.spec.checkpoint.digest for entry in self._entries.values() if entry.start.spec.checkpoint}
@@ -155,7 +163,8 @@ class Instances:
         start, place = entry.start, self._place
         env = secrets.resolve(start.spec.secrets, place.secrets_dir, os.environ)
         source_dir, object_dir = await asyncio.gather(self._source(entry), self._checkpoint(entry))
-        reading = asyncio.create_task(self._read_ahead(entry, object_dir))
+        opening = self._open(entry, object_dir)
+        reading = asyncio.create_task(self._loaded(entry, opening))
         try:
             config = InstanceConfig(
                 start.instance,
@@ -170,15 +179,21 @@ class Instances:
                 scratch=str(entry.container.scratch),
             )
             limit = min(place.memory_mb, max(LIMIT_FLOOR_MB, LIMIT_FACTOR * start.spec.memory_mb))
-            spec = ContainerSpec(start.instance, dumps(config), start.spec, object_dir, limit)
+            spec = ContainerSpec(
+                start.instance, dumps(config), start.spec, object_dir, limit, opening.channel if opening else -1
+            )
             at = self._since(entry)
             handle = await entry.container.start(spec)
             self._span(entry, "fork", at, f"from {handle.warmth}")
             self._report(self._describe(entry))
+            if opening is not None:
+                opening.close()  # the container has it
             timeline = await asyncio.shield(entry.container.ready)
             await reading
         finally:
             reading.cancel()
+            if opening is not None:
+                opening.close()
         entry.spans += self._shifted(entry, timeline)
         entry.spans.sort(key=lambda span: span.start)
         if entry.state == "starting":
@@ -209,11 +224,26 @@ class Instances:
         self._span(entry, "verify", at)
         return str(directory)
 
-    async def _read_ahead(self, entry: Entry, object_dir: str) -> None:
-        if object_dir:
-            at = self._since(entry)
-            found = await asyncio.to_thread(ingests.read_ahead, Path(object_dir))
-            self._span(entry, "checkpoint", at, str(found))
+    def _open(self, entry: Entry, object_dir: str) -> Opening | None:
+        """Begin to read the checkpoint, beside the container's start."""
+        if not object_dir:
+            return None
+        entry.digest = Path(object_dir).name
+        return self._place.tier.open(entry.digest, Path(object_dir), priority=1)
+
+    async def _loaded(self, entry: Entry, opening: Opening | None) -> None:
+        """The span of the read. What went wrong with it the container says too, and better: it knows whether it
+        could do without."""
+        if opening is None:
+            return
+        at = self._since(entry)
+        try:
+            found = await opening.loaded
+        except SllmError as error:
+            self._span(entry, "checkpoint", at, error.code)
+            return
+        speed = f" {found.bytes / found.seconds / 1e9:.2f} GB/s" if found.seconds > 0 else ""
+        self._span(entry, "checkpoint", at, f"tier={found.tier}{speed}")
 
     # -- stop ------------------------------------------------------------------------------------------------
 

@@ -31,9 +31,9 @@ def test_logits_are_bit_equal_to_from_pretrained(architecture, case):
 def test_every_tensor_is_a_view_of_the_map(architecture, case):
     skeleton = prepare(case(architecture).checkpoint)
     report = attach(skeleton)
-    assert skeleton.mapping is not None
-    start = ctypes.addressof(ctypes.c_char.from_buffer(skeleton.mapping))
-    mapped = range(start, start + len(skeleton.mapping))
+    assert skeleton.weights is not None
+    start = ctypes.addressof(ctypes.c_char.from_buffer(skeleton.weights.buffer))
+    mapped = range(start, start + len(skeleton.weights.buffer))
     tensors = list(model_tensors(skeleton.model))
     assert all(tensor.data_ptr() in mapped for _, _, tensor in tensors if tensor.numel())
     assert report.bytes == len(mapped)

@@ -30,7 +30,8 @@ class ContainerSpec:
     """What to start. `config` is the runner's configuration as JSON: it holds secrets and is never logged.
 
     `spec` and `object_dir` choose the warmth layers; None where there is nothing to prepare. `memory_limit_mb`
-    is enforced where control groups allow it.
+    is enforced where control groups allow it. `weights` is a descriptor to hand to the instance, a channel to the
+    checkpoint store, or -1; it stays the caller's.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ContainerSpec:
     spec: FunctionSpec | None = None
     object_dir: str = ""
     memory_limit_mb: int = 0
+    weights: int = -1
 
 
 @dataclass(frozen=True, slots=True)

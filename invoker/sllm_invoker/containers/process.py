@@ -189,7 +189,8 @@ class ProcessRuntime:
         err_r, err_w = os.pipe2(os.O_CLOEXEC)
         try:
             message = {"op": "instance", "entry": self._entry, "cgroups": groups}
-            pid, pidfd = await parent.request(message, [config, out_w, err_w])
+            fds = [config, out_w, err_w, *([spec.weights] if spec.weights >= 0 else [])]
+            pid, pidfd = await parent.request(message, fds)
         except BaseException:
             os.close(out_r)
             os.close(err_r)

@@ -6,7 +6,7 @@ Spoken over a SOCK_SEQPACKET pair, JSON with descriptors beside it (SCM_RIGHTS);
 secret travel as memfds:
 
     invoker ─► {"op": "layer", "request", "key", "libs"} + [control end, template memfd?]
-            ─► {"op": "instance", "request", "entry", "cgroups"} + [config memfd, stdout, stderr]
+            ─► {"op": "instance", "request", "entry", "cgroups"} + [config memfd, stdout, stderr, weights?]
             ◄─ {"op": "forked", "request", "pid"} + [pidfd]   |  {"op": "failed", "request", "error"}
             ◄─ {"op": "exited", "pid", "status"}
     a new layer, on its own control end ─► {"op": "ready", "seconds", "threads"} | {"op": "error", "info"}
@@ -194,18 +194,18 @@ class Zygote:
         become_subreaper()
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
-        config_fd, out, err = fds
+        config_fd, out, err, *rest = fds
         config = read_memfd(config_fd)
         os.dup2(out, 1)
         os.dup2(err, 2)
         lifeline = arm_lifeline(self._lifeline)
-        for fd in (*fds, self._lifeline):
+        for fd in (config_fd, out, err, self._lifeline):
             os.close(fd)
         from sllm_invoker.runner.config import loads
 
         module, _, name = message["entry"].partition(":")
         run = getattr(importlib.import_module(module), name)
-        run(dataclasses.replace(loads(config), lifeline=lifeline))
+        run(dataclasses.replace(loads(config), lifeline=lifeline, weights=rest[0] if rest else -1))
         os._exit(0)
 
 

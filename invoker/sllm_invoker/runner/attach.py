@@ -5,9 +5,9 @@ Two halves, because a process forks between them:
     prepare(object)   in the template process, single-threaded: config, skeleton on the meta device, tokenizer
     attach(skeleton)  in the instance, after the fork: map the weights, assign them
 
-The part file is mapped private copy-on-write: reads come from the page cache that all instances share, a stray
-write stays in this process. Tensors are views of the map at the manifest's offsets. Nothing is initialised,
-converted or copied.
+The weights are mapped private copy-on-write, from the part file or from the checkpoint store's slabs (`weights`):
+reads see memory that all instances share, a stray write stays in this process. Tensors are views of the map at the
+manifest's offsets. Nothing is initialised, converted or copied.
 
 Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device; otherwise it raises
 CheckpointIncomplete naming the first one. It is not for anything that is not an object of the store.
@@ -16,7 +16,6 @@ CheckpointIncomplete naming the first one. It is not for anything that is not an
 from __future__ import annotations
 
 import json
-import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from typing import Any
 
 import torch
 
-from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
 from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
 from sllm_invoker.checkpoints.source import first_line
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
+from sllm_invoker.runner.weights import Weights, from_file, from_store
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -44,13 +44,15 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(slots=True)
 class Skeleton:
-    """A model without weights, and what else can be made before the fork. `mapping` is set by `attach`."""
+    """A model without weights, and what else can be made before the fork. `weights` is set by `attach`, which asks the
+    checkpoint store for them where there is a `channel` to it."""
 
     checkpoint: CheckpointObject
     model: Any
     codec: TextCodec | None
     eos: frozenset[int]
-    mapping: mmap.mmap | None = None
+    channel: int = -1
+    weights: Weights | None = None
 
 
 def prepare(checkpoint: CheckpointObject | Path) -> Skeleton:
@@ -71,9 +73,9 @@ def prepare(checkpoint: CheckpointObject | Path) -> Skeleton:
 def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     """Map the weights and assign them. `directory`: where this process sees the object, if elsewhere.
 
-    Raises CheckpointUnavailable when the object has gone since `prepare`, CheckpointCorrupt when the file is
-    not what the manifest says (size and structure; content is verified by the store), CheckpointIncomplete
-    when something would stay on meta.
+    Returns when every byte may be read. Raises CheckpointUnavailable when the object has gone since `prepare`,
+    CheckpointCorrupt when the file is not what the manifest says (its content is checked by the store),
+    CheckpointIncomplete when something would stay on meta.
     """
     started = time.perf_counter()
     checkpoint = skeleton.checkpoint
@@ -84,23 +86,27 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
                 f"{directory} holds checkpoint {checkpoint.digest}, the skeleton is of {skeleton.checkpoint.digest}."
             )
     part = checkpoint.manifest.parts[0]
-    mapping = _map(checkpoint.part_path(), part)
+    path = checkpoint.part_path()
+    weights = from_store(skeleton.channel, path, part) if skeleton.channel >= 0 else from_file(path, part)
+    skeleton.channel = -1
     mapped = time.perf_counter()
-    tensors = {entry.name: _view(mapping, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors}
+    tensors = {entry.name: _view(weights.buffer, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors}
     _assign(skeleton.model, part, tensors, checkpoint.manifest.ties)
     skeleton.model.eval()
-    skeleton.checkpoint, skeleton.mapping = checkpoint, mapping
+    skeleton.checkpoint, skeleton.weights = checkpoint, weights
     if left := next(_on_meta(skeleton.model), None):
         raise CheckpointIncomplete(
             f"checkpoint {checkpoint.digest[:12]} has no {left}, which {checkpoint.manifest.architecture} needs.",
             hint="Ingest the model again with the installed transformers version.",
         )
+    assigned = time.perf_counter()
+    weights.wait()
     done = time.perf_counter()
     return AttachReport(
         bytes=part.bytes,
         tensors=len(tensors),
         seconds=done - started,
-        stages={"map": mapped - started, "assign": done - mapped},
+        stages={"map": mapped - started, "assign": assigned - mapped, "wait": done - assigned},
     )
 
 
@@ -234,24 +240,11 @@ def probe(model: Any) -> Traits:
     )
 
 
-def _map(path: Path, part: Part) -> mmap.mmap:
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise CheckpointUnavailable(f"{path} cannot be read: {error.strerror}.") from error
-    with file:
-        # Checked on the open file: a map beyond the end is SIGBUS at the first touch.
-        size = file.seek(0, 2)
-        if size != part.bytes:
-            raise CheckpointCorrupt(f"{path} has {size} bytes, the manifest says {part.bytes}.")
-        return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def _view(mapping: mmap.mmap, part: Part, dtype: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
+def _view(buffer: Any, part: Part, dtype: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
     kind, count = TORCH_DTYPES[dtype], prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(mapping, dtype=kind, count=count, offset=part.data_start + start).view(shape)
+    return torch.frombuffer(buffer, dtype=kind, count=count, offset=part.data_start + start).view(shape)
 
 
 def _assign(model: Any, part: Part, tensors: dict[str, torch.Tensor], ties: dict[str, str]) -> None:

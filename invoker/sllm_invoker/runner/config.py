@@ -22,7 +22,8 @@ class InstanceConfig:
     `specs` is the one function to serve; for mode "check" all functions of the version. `number` is the
     instance's route on its invoker. `source_dir` is the unpacked bundle, `object_dir` the checkpoint's object
     directory; "" where there is none. `lifeline` is the number of an inherited descriptor whose end of file
-    means that the invoker is gone, or -1.
+    means that the invoker is gone, or -1; `weights` that of a channel to the checkpoint store, or -1: then the file
+    in `object_dir` is mapped.
     """
 
     instance: str
@@ -37,6 +38,7 @@ class InstanceConfig:
     node: str = ""
     scratch: str = ""
     lifeline: int = -1
+    weights: int = -1
 
     def __post_init__(self) -> None:
         if not self.instance:

@@ -223,9 +223,12 @@ SMALL = 64 * 1024 * 1024
 """Bytes of weights under which a step is over before a second thread has woken."""
 
 
-def open_model(spec: FunctionSpec, object_dir: str) -> LanguageModel:
-    """The model of a checkpoint object, attached. Raises CheckpointError, BadSpec."""
+def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> LanguageModel:
+    """The model of a checkpoint object, attached; through `channel`, one to the checkpoint store, unless it is -1.
+
+    Raises CheckpointError, BadSpec."""
     skeleton = template.take_skeleton(object_dir)
+    skeleton.channel = channel
     manifest = skeleton.checkpoint.manifest
     tokens = cache_tokens(spec, manifest.kv_bytes_per_token, manifest.max_context)
     engine = engines.create(skeleton, cache_tokens=tokens, max_sequences=spec.concurrency)
@@ -234,8 +237,8 @@ def open_model(spec: FunctionSpec, object_dir: str) -> LanguageModel:
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.set_num_threads(1)
-    rate = report.bytes / max(report.seconds, 1e-9) / 1e9
-    attached = f"{report.tensors} tensors, {report.bytes / 1e6:.1f} MB mapped at {rate:.1f} GB/s"
+    stages = " ".join(f"{name}={seconds * 1e3:.1f}ms" for name, seconds in report.stages.items())
+    attached = f"{report.tensors} tensors, {report.bytes / 1e6:.1f} MB mapped: {stages}"
     return LanguageModel(engine, skeleton.codec, attached)
 
 

@@ -158,7 +158,7 @@ class _Process:
             from sllm_invoker.runner import llm
         detail: list[str] = []
         with self._clock.span("attach", detail):
-            model = llm.open_model(config.spec, config.object_dir)
+            model = llm.open_model(config.spec, config.object_dir, config.weights)
             detail.append(model.attached)
         host = self._host = LoopHost(threaded=False)
         executors = llm.executors(model, host.loop, config.spec.concurrency)

@@ -1,0 +1,224 @@
+"""What the store process, its invoker and its readers say to each other: MessagePack over SOCK_SEQPACKET, with
+descriptors beside it (SCM_RIGHTS).
+
+    invoker ── Open + [channel end] ──► store          the other end of the channel is inherited by the container
+            ── Adopt + [slabs], Expect, Forget, Look ──►
+            ◄── Opened, Loaded | NotLoaded, Held + [slabs], Whole, Dropped, Seen
+    reader ── Attach ──► store                         the kernel vouches for its process (SCM_CREDENTIALS)
+           ◄── Layout, Slabs + [slabs] …, Watermark …, Whole | NotLoaded
+
+A message that is not one of these ends the connection it came on. More than `MAX_FDS` descriptors travel in
+several messages, in order.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from sllm_faas.errors import ErrorInfo, WireError
+from sllm_faas.spec import Tier
+
+MAX_MESSAGE = 64 * 1024
+MAX_FDS = 128
+"""The kernel takes 253 in one message."""
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all of them."""
+
+
+class Open(Message, frozen=True):
+    """Have `digest`, whose object is in `directory`, in memory; a channel end comes with it, or none to prefetch.
+    More urgent reads come first."""
+
+    request: int
+    digest: str
+    directory: str
+    priority: int = 0
+
+
+class Opened(Message, frozen=True):
+    """Where it is now; a read was begun unless that is dram."""
+
+    request: int
+    tier: Tier
+
+
+class Loaded(Message, frozen=True):
+    """It is in memory. `bytes` were read in `seconds`; 0 where it was there."""
+
+    request: int
+    tier: Tier
+    bytes: int
+    seconds: float
+
+
+class NotLoaded(Message, frozen=True):
+    """`request` is 0 on a channel."""
+
+    request: int
+    error: ErrorInfo
+
+
+class Held(Message, frozen=True):
+    """The slabs of a residence, for the invoker to keep alive; in order, the rest in further messages."""
+
+    residence: int
+    digest: str
+    directory: str
+    bytes: int
+    count: int
+
+
+class Whole(Message, frozen=True):
+    """Every byte of it is in place and checked."""
+
+    residence: int = 0
+    tier: Tier = "dram"
+    seconds: float = 0.0
+
+
+class Dropped(Message, frozen=True):
+    """The store let go of it; so should whoever kept its slabs."""
+
+    residence: int
+
+
+class Adopt(Message, frozen=True):
+    """To a new life of the store: a whole checkpoint of the earlier one, and the processes that may map it."""
+
+    digest: str
+    directory: str
+    bytes: int
+    count: int
+    slab_bytes: int
+    pids: tuple[int, ...]
+
+
+class Expect(Message, frozen=True):
+    """A checkpoint of that many bytes may be opened: have memory ready for one."""
+
+    bytes: int
+
+
+class Forget(Message, frozen=True):
+    """The object was removed."""
+
+    digest: str
+
+
+class Look(Message, frozen=True):
+    request: int
+
+
+class Resident(Message, frozen=True):
+    digest: str
+    state: Literal["filling", "full", "retiring"]
+    bytes: int
+    leases: int
+    watermark: int
+
+
+class Seen(Message, frozen=True):
+    """Answer to Look. Bytes: `slab_bytes` × slabs that exist, are free, may exist."""
+
+    request: int
+    slab_bytes: int
+    slabs: int
+    free: int
+    limit: int
+    residents: tuple[Resident, ...]
+
+
+class Attach(Message, frozen=True):
+    """The reader wants to map it."""
+
+
+class Layout(Message, frozen=True):
+    """mode "slabs": `count` descriptors follow. "file": map the object's file, its pages are being read."""
+
+    mode: Literal["slabs", "file"]
+    bytes: int
+    slab_bytes: int = 0
+    count: int = 0
+
+
+class Slabs(Message, frozen=True):
+    """Carries descriptors."""
+
+
+class Watermark(Message, frozen=True):
+    """Bytes in place and checked, from the start."""
+
+    bytes: int
+
+
+AnyMessage = (
+    Open | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Forget | Look | Seen
+    | Attach | Layout | Slabs | Watermark
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def reader_pair() -> tuple[socket.socket, socket.socket]:
+    """A reader's end and the store's, on which the kernel says from the first message on whose message it is."""
+    readers, stores = pair()
+    stores.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return readers, stores
+
+
+def send(sock: socket.socket, message: AnyMessage, fds: Sequence[int] = ()) -> None:
+    """Raises OSError; BlockingIOError on a non-blocking socket that is full."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([_encoder.encode(message)], rights)
+
+
+def receive(sock: socket.socket) -> tuple[AnyMessage, list[int], int] | None:
+    """A message, its descriptors (the caller's to close), and the sender's pid where the socket passes credentials
+    (else 0); None at the end. Raises OSError, and WireError for what is no message."""
+    space = socket.CMSG_SPACE(MAX_FDS * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+    fds, pid = array.array("i"), 0
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])[0]
+    if not data:
+        close_all(fds)
+        return None
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise WireError("a message to or from the checkpoint store was cut off.")
+        return _decoder.decode(data), list(fds), pid
+    except (msgspec.MsgspecError, ValueError) as error:
+        close_all(fds)
+        raise WireError(f"not a message of the checkpoint store: {error}.") from None
+    except WireError:
+        close_all(fds)
+        raise
+
+
+def batches(fds: Sequence[int]) -> list[Sequence[int]]:
+    return [fds[start : start + MAX_FDS] for start in range(0, len(fds), MAX_FDS)]
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,265 @@
+"""The DRAM tier of a node, without its sockets: slabs, the book of who holds them, reader and policy together.
+
+    open(digest, holder) ─► Load: in slabs when they have room, in the page cache otherwise
+    done(load)           ─► whole or failed; told by the caller on its own thread when the reading has ended
+
+Small checkpoints, those that do not fit, and all of them where the limit is 0 stay in the page cache; whoever
+attaches cannot tell. Single-threaded but for the reader's and the pool's own threads, which only call `post`.
+Invariant: a load nobody waits for any more is cancelled; a residence is whole or its load is in `loads`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sllm_faas.errors import CheckpointError, StorageFull
+from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose
+from sllm_invoker.checkpoints.object import Part, read_manifest
+from sllm_invoker.checkpoints.page_cache import resident
+from sllm_invoker.checkpoints.reader import Opener, Reader, Reading, ReadReport, open_direct
+from sllm_invoker.checkpoints.slab_book import Residence, SlabBook
+from sllm_invoker.checkpoints.slabs import SLAB_BYTES, Slab, SlabPool, fault
+
+ALL_RESIDENT = 0.99
+FIRST_GUESS = 1e9
+"""Bytes per second that the disk is taken to read until it was measured."""
+LEARNING = 0.3
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A checkpoint on its way, or in the page cache (`residence` None) where nothing needed to be read (`reading`
+    None). `holders` wait for it; `requests` is whoever else the caller wants to answer."""
+
+    digest: str
+    directory: Path
+    part: Part
+    residence: Residence | None
+    reading: Reading | None = None
+    holders: set[str] = field(default_factory=set)
+    requests: list[int] = field(default_factory=list)
+
+
+Post = Callable[[Callable[[], None]], None]
+"""Runs a function on the tier's thread; callable from any."""
+
+
+class DramTier:
+    """`limit` bytes of slabs at most. `on_progress` and `on_done` are called
+    on the tier's thread; `on_drop(residence number)` when a residence is given up."""
+
+    def __init__(
+        self,
+        limit: int,
+        post: Post,
+        *,
+        slab_bytes: int = SLAB_BYTES,
+        small: int = SLAB_BYTES // 2,
+        pinned: Callable[[], set[str]] = set,
+        policy: Policy | None = None,
+        open_file: Opener = open_direct,
+        on_progress: Callable[[Load, int], None] = lambda _load, _watermark: None,
+        on_done: Callable[[Load, ReadReport | None, Exception | None], None] = lambda _load, _report, _error: None,
+        on_drop: Callable[[int], None] = lambda _number: None,
+    ) -> None:
+        self._post = post
+        self._small = small
+        self._pinned = pinned
+        self._on_progress = on_progress
+        self._on_done = on_done
+        self._on_drop = on_drop
+        self.policy = policy or CostAware()
+        self.book = SlabBook()
+        self.pool = SlabPool(limit // slab_bytes, slab_bytes=slab_bytes)
+        self._reader = Reader(piece=slab_bytes, open_file=open_file)
+        self._parts: dict[str, Part] = {}
+        self.loads: dict[str, Load] = {}
+        self.bandwidth = FIRST_GUESS
+        self._ready = 0
+
+    def close(self) -> None:
+        self._reader.close()
+        self.pool.close()
+
+    def expect(self, size: int) -> None:
+        """A checkpoint of `size` bytes may be opened: from now on have memory ready for one, as far as there is."""
+        count = -(-size // self.pool.slab_bytes)
+        if size >= self._small and count <= self.pool.limit:
+            self._ready = max(self._ready, count)
+            self._replenish()
+
+    # -- open and let go -------------------------------------------------------------------------------------
+
+    def open(self, digest: str, directory: Path, holder: str, priority: int = 0) -> Load | Residence:
+        """Where `digest` is: whole already (a Residence in slabs), or a Load, under way or needless. The holder has a
+        lease from now on. Raises CheckpointUnavailable, CheckpointCorrupt, BadSpec."""
+        part = self._part(digest, directory)
+        self.policy.used(digest, part.bytes, part.bytes / self.bandwidth)
+        found = self.book.find(digest)
+        if found is not None:
+            self.book.lease(found.number, holder)
+            if found.state == "full":
+                return found
+        load = self.loads.get(digest)
+        if load is None:
+            load = self._begin(digest, directory, part, priority)
+            if load.residence is not None:
+                self.book.lease(load.residence.number, holder)
+        elif load.reading is not None:
+            load.reading.hasten(priority)
+        load.holders.add(holder)
+        self.expect(part.bytes)  # another one, after this has what there is
+        return load
+
+    def release(self, holder: str) -> None:
+        """It does not wait or use any more. It may still map what it was handed."""
+        self.book.release(holder)
+        self._forsake(holder)
+
+    def gone(self, holder: str) -> None:
+        """It is proved gone, with every map it had."""
+        self.book.gone(holder)
+        self._forsake(holder)
+        self._settle()
+
+    def forget(self, digest: str) -> None:
+        """The object was removed: its memory is for others, unless it is used."""
+        self._parts.pop(digest, None)
+        found = self.book.find(digest)
+        if found is not None and found.state == "full" and not found.leases:
+            self._evict(found)
+
+    def adopt(self, digest: str, size: int, fds: list[int], holders: set[str]) -> Residence:
+        """Take over what an earlier life of the store had whole. The descriptors are the tier's from now on."""
+        slabs = tuple(self.pool.adopt(fd).number for fd in fds)
+        return self.book.adopt(digest, size, slabs, holders)
+
+    def slabs(self, residence: Residence) -> list[Slab]:
+        return [self.pool.slabs[number] for number in residence.slabs]
+
+    # -- loads -----------------------------------------------------------------------------------------------
+
+    def _part(self, digest: str, directory: Path) -> Part:
+        part = self._parts.get(digest)
+        if part is None:
+            manifest = read_manifest(directory)
+            if manifest.digest != digest:
+                raise CheckpointError(f"{directory} holds checkpoint {manifest.digest[:12]}, not {digest[:12]}.")
+            part = self._parts[digest] = manifest.parts[0]
+        return part
+
+    def _begin(self, digest: str, directory: Path, part: Part, priority: int) -> Load:
+        path = directory / part.name
+        residence = self._place(digest, part.bytes)
+        load = self.loads[digest] = Load(digest, directory, part, residence)
+        if residence is None and resident(path) >= ALL_RESIDENT:
+            self._post(lambda: self.done(load))
+            return load
+        memory = [slab.view for slab in self.slabs(residence)] if residence is not None else None
+
+        def progress(watermark: int) -> None:
+            self._post(lambda: self._on_progress(load, watermark))
+
+        load.reading = self._reader.read(path, part, memory, priority=priority, on_progress=progress)
+        load.reading.done.add_done_callback(lambda _: self._post(lambda: self.done(load)))
+        return load
+
+    def done(self, load: Load) -> None:
+        """The reading of `load` has ended, one way or the other; nothing writes to its slabs any more."""
+        if self.loads.get(load.digest) is load:
+            del self.loads[load.digest]
+        report: ReadReport | None = None
+        error: Exception | None = None
+        if load.reading is not None:
+            found = load.reading.done.exception()
+            error = found if isinstance(found, Exception) else None
+            report = None if found is not None else load.reading.done.result()
+        if load.residence is not None:
+            if error is None:
+                self.book.filled(load.residence.number)
+            else:
+                self.book.abandon(load.residence.number)
+        if report is not None and report.seconds > 0:
+            self.bandwidth += LEARNING * (report.bytes / report.seconds - self.bandwidth)
+        self._on_done(load, report, error)
+        self._settle()
+
+    def _forsake(self, holder: str) -> None:
+        for load in list(self.loads.values()):
+            load.holders.discard(holder)
+            if not load.holders and load.reading is not None:
+                # Whoever wants it from now on begins anew: this one cannot be called back.
+                del self.loads[load.digest]
+                if load.residence is not None:
+                    self.book.disown(load.residence.number)
+                load.reading.cancel()
+
+    # -- room ------------------------------------------------------------------------------------------------
+
+    def _place(self, digest: str, size: int) -> Residence | None:
+        """Slabs for `size` bytes, those that are faulted first; None: it belongs into the page cache."""
+        count = -(-size // self.pool.slab_bytes)
+        if size < self._small or count > self.pool.limit or not self._make_room(count):
+            return None
+        ready = min(count, len(self.book.free))
+        fresh: list[Slab] = []
+        try:
+            while ready + len(fresh) < count:
+                made = self.pool.create()
+                if made is None:
+                    break
+                fresh.append(made)
+        except StorageFull:
+            pass
+        for slab in fresh:
+            self.book.add(slab.number)
+        if len(self.book.free) < count:
+            return None
+        if fresh:
+            # Beside the read, which starts with the slabs that are ready; whoever comes first to a page faults it.
+            left = size - ready * self.pool.slab_bytes
+            threading.Thread(target=_fault_all, args=(fresh, left), name="slab-fault-now", daemon=True).start()
+        return self.book.reserve(digest, size, count)
+
+    def _replenish(self) -> None:
+        """Have as many slabs free as the largest checkpoint expected needs, as far as the limit lets us."""
+        try:
+            while len(self.book.free) < self._ready and (made := self.pool.create()) is not None:
+                self.book.add(made.number)
+                self.pool.warm(made)
+        except StorageFull:
+            pass
+
+    def _make_room(self, count: int) -> bool:
+        self._settle()
+        missing = count - len(self.book.free) - (self.pool.limit - len(self.pool.slabs))
+        if missing > 0:
+            self.book.pins = self._pinned()
+            chosen = choose(self.policy, self.book.evictable(), missing)
+            if chosen is None:
+                return False
+            for digest in chosen:
+                found = self.book.find(digest)
+                assert found is not None
+                self._evict(found)
+        return True
+
+    def _evict(self, residence: Residence) -> None:
+        self.book.retire(residence.number)
+        self.policy.evicted(residence.digest)
+        self._on_drop(residence.number)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let go of the slabs that left the book."""
+        while self.book.dropped:
+            self.pool.drop(self.book.dropped.pop())
+
+
+def _fault_all(slabs: list[Slab], size: int) -> None:
+    for index, slab in enumerate(slabs):
+        length = len(slab.view)
+        fault(slab, max(0, min(length, size - index * length)))

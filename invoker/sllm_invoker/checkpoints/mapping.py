@@ -1,0 +1,98 @@
+"""One contiguous private map over a file, or over slabs one after the other.
+
+    [ slab 0 | slab 1 | … | slab n ]      MAP_PRIVATE, readable and writable: copy-on-write
+
+A write stays in this process; what is read is what all share. The address range is reserved first and the slabs
+are placed into it (MAP_FIXED), so that offset N of the part file is byte N of the map either way. Not here: whose
+slabs they are, and when a map may be made. Invariant: a `Mapping` that exists covers its whole length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_FAILED = ctypes.c_void_p(-1).value
+MADV_HUGEPAGE = 14
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Mapping:
+    """`buffer` is `length` writable bytes. They stay mapped until `unmap`, also when this object is gone: tensors
+    are views of them."""
+
+    def __init__(self, address: int, length: int, reserved: int) -> None:
+        self.address = address
+        self.length = length
+        self._reserved = reserved
+        self.buffer = (ctypes.c_ubyte * length).from_address(address)
+
+    def __repr__(self) -> str:
+        return f"<map of {self.length} bytes at {self.address:#x}>"
+
+    def populate(self, start: int = 0, end: int | None = None) -> bool:
+        """Have the pages of a byte range in this process's page tables. False where the kernel cannot."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(_paged(self.length if end is None else end), _paged(self.length))
+        return last <= first or advise(self.address + first, last - first, MADV_POPULATE_READ)
+
+    def cover(self, fd: int) -> None:
+        """Put a file of the same length in place of what is mapped, at the same addresses. Raises OSError."""
+        _mmap(self.address, self.length, mmap.MAP_PRIVATE | _MAP_FIXED, fd)
+
+    def unmap(self) -> None:
+        """Only when nothing refers to `buffer` any more: a later touch is a crash. Idempotent."""
+        if self._reserved:
+            _libc.munmap(self.address, self._reserved)
+            self._reserved = 0
+
+
+def map_file(fd: int, length: int) -> Mapping:
+    """The first `length` bytes of a file. Raises OSError."""
+    return Mapping(_mmap(None, length, mmap.MAP_PRIVATE, fd), length, _paged(length))
+
+
+def map_slabs(fds: Sequence[int], slab_bytes: int, length: int) -> Mapping:
+    """`length` bytes over slabs in order; the descriptors may be closed afterwards. Raises OSError, ValueError."""
+    if not 0 < length <= len(fds) * slab_bytes or slab_bytes % mmap.PAGESIZE:
+        raise ValueError(f"{len(fds)} slabs of {slab_bytes} bytes do not hold {length}")
+    reserved = len(fds) * slab_bytes
+    base = _mmap(None, reserved, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, _PROT_NONE)
+    try:
+        for index, fd in enumerate(fds):
+            _mmap(base + index * slab_bytes, slab_bytes, mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE, fd)
+    except OSError:
+        _libc.munmap(base, reserved)
+        raise
+    return Mapping(base, length, reserved)
+
+
+def advise(address: int, length: int, advice: int) -> bool:
+    """madvise without the GIL. False when the kernel refuses."""
+    return not _libc.madvise(address, length, advice)
+
+
+def _mmap(address: int | None, length: int, flags: int, fd: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> int:
+    found = _libc.mmap(address, length, prot, flags, fd, 0)
+    if found is None or found == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {length} bytes: {os.strerror(code)}")
+    return int(found)
+
+
+def _paged(length: int) -> int:
+    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE

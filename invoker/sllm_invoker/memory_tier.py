@@ -1,0 +1,291 @@
+"""The invoker's side of the checkpoint store process: it runs it, asks it for checkpoints, keeps its slabs alive.
+
+    opening = tier.open(digest, directory)    the read begins at once
+        opening.channel                       descriptor for the container, which attaches through it
+        opening.loaded                        resolves to Loaded, or raises what the read met
+        opening.close()                       after the container has the descriptor
+
+A store process that dies takes nothing with it: readers keep their maps, the slabs it had filled are held here and
+handed to its next life. What was being read when it died is reported as lost (`Unavailable`); a reader that finds
+its channel ended maps the file instead. Invariant: a store process is running or about to, while the tier is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm_faas import logging
+from sllm_faas.errors import Unavailable, WireError, from_info
+from sllm_invoker.checkpoints import channel
+from sllm_invoker.checkpoints.channel import AnyMessage, Loaded, Seen
+from sllm_invoker.containers.tree import Tree
+
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 30.0
+"""Seconds between two lives of a store process that keeps dying; doubled every time, from the first."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Slabs of one residence, so that they outlive the process that made them."""
+
+    held: channel.Held
+    fds: list[int]
+
+
+class Opening:
+    """One wish for a checkpoint. `channel` is -1 for a prefetch."""
+
+    def __init__(self, end: socket.socket | None, loaded: asyncio.Future[Loaded]) -> None:
+        self._end = end
+        self.loaded = loaded
+
+    @property
+    def channel(self) -> int:
+        return self._end.fileno() if self._end is not None else -1
+
+    def close(self) -> None:
+        """Let go of the descriptor; the container's own copy stays. A read nobody else waits for is cancelled."""
+        if self._end is not None:
+            self._end.close()
+
+
+class MemoryTier:
+    """`users` tells which processes may map a checkpoint: a new life of the store must know them."""
+
+    def __init__(
+        self,
+        root: Path,
+        limit_mb: int,
+        tree: Tree,
+        *,
+        users: Callable[[str], list[int]] = lambda _digest: [],
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self._root = root
+        self._limit_mb = limit_mb
+        self._tree = tree
+        self._users = users
+        self._options = options
+        self._log = logging.get("invoker")
+        self._loop = asyncio.get_running_loop()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: list[tuple[AnyMessage, list[int]]] = []
+        self._requests: dict[int, asyncio.Future[Loaded]] = {}
+        self._looks: dict[int, asyncio.Future[Seen]] = {}
+        self._count = 0
+        self._kept: dict[int, _Kept] = {}
+        self._filling: int | None = None
+        self._largest = 0
+        self._wait = FIRST_WAIT
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int:
+        """Of the store process; 0 while there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        """Run the store process; again after every death of it."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor per slab
+        ours, theirs = channel.pair()
+        command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.store_process", str(theirs.fileno())]
+        command += ["--root", str(self._root), "--limit-mb", str(self._limit_mb), *self._options]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._tree.add(self._process.pid)
+        ours.setblocking(False)
+        self._control = ours
+        self._loop.add_reader(ours, self._readable)
+        kept, self._kept = list(self._kept.values()), {}
+        for each in kept:
+            self._hand_over(each)
+        if self._largest:
+            self._send(channel.Expect(self._largest))
+
+    def open(self, digest: str, directory: Path, *, priority: int = 0, prefetch: bool = False) -> Opening:
+        """Have it read, unless it is in memory. More urgent reads come first. `prefetch`: nobody attaches it yet."""
+        self._count += 1
+        future: asyncio.Future[Loaded] = self._loop.create_future()
+        end: socket.socket | None = None
+        fds: list[int] = []
+        if not prefetch:
+            end, theirs = channel.reader_pair()
+            fds = [theirs.detach()]
+        if self._control is None:
+            channel.close_all(fds)  # whoever has the other end maps the file
+            future.set_exception(Unavailable("the checkpoint store is restarting."))
+        else:
+            self._requests[self._count] = future
+            self._send(channel.Open(self._count, digest, str(directory), priority), fds)
+        future.add_done_callback(_seen)
+        return Opening(end, future)
+
+    def expect(self, size: int) -> None:
+        """A checkpoint of `size` bytes is on this node: have memory ready for one of that size."""
+        if size > self._largest:
+            self._largest = size
+            self._send(channel.Expect(size))
+
+    def forget(self, digest: str) -> None:
+        """Its object was removed."""
+        self._send(channel.Forget(digest))
+
+    async def look(self) -> Seen:
+        """What is in memory. Raises Unavailable."""
+        self._count += 1
+        future: asyncio.Future[Seen] = self._loop.create_future()
+        if self._control is None:
+            raise Unavailable("the checkpoint store is restarting.")
+        self._looks[self._count] = future
+        self._send(channel.Look(self._count))
+        return await future
+
+    async def close(self) -> None:
+        """End the store process and let go of its slabs."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._lose()
+        if self._process is not None:
+            process, self._process = self._process, None
+            try:
+                await asyncio.to_thread(process.wait, 5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+            self._tree.remove(process.pid)
+        for each in self._kept.values():
+            channel.close_all(each.fds)
+        self._kept.clear()
+
+    # -- to and from the process -----------------------------------------------------------------------------
+
+    def _send(self, message: AnyMessage, fds: list[int] | None = None) -> None:
+        """The descriptors are ours to close."""
+        if self._control is None:
+            channel.close_all(fds or [])
+            return
+        self._outbox.append((message, fds or []))
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._control is not None
+        try:
+            while self._outbox:
+                message, fds = self._outbox[0]
+                channel.send(self._control, message, fds)
+                self._outbox.pop(0)
+                channel.close_all(fds)
+            self._loop.remove_writer(self._control)
+        except BlockingIOError:
+            self._loop.add_writer(self._control, self._flush)
+        except OSError:
+            pass  # its end of file is being read
+
+    def _readable(self) -> None:
+        assert self._control is not None
+        try:
+            while (received := channel.receive(self._control)) is not None:
+                message, fds, _ = received
+                self._handle(message, fds)
+        except BlockingIOError:
+            return
+        except (OSError, WireError):
+            pass
+        self._died()
+
+    def _handle(self, message: AnyMessage, fds: list[int]) -> None:
+        self._wait = FIRST_WAIT
+        match message:
+            case channel.Loaded():
+                self._answer(message.request, message)
+            case channel.NotLoaded():
+                future = self._requests.pop(message.request, None)
+                if future is not None and not future.done():
+                    future.set_exception(from_info(message.error))
+            case channel.Held():
+                self._kept[message.residence] = _Kept(message, fds)
+                self._filling = message.residence
+            case channel.Slabs() if self._filling in self._kept:
+                self._kept[self._filling].fds += fds
+            case channel.Dropped():
+                kept = self._kept.pop(message.residence, None)
+                if kept is not None:
+                    channel.close_all(kept.fds)
+            case channel.Seen():
+                look = self._looks.pop(message.request, None)
+                if look is not None and not look.done():
+                    look.set_result(message)
+            case _:
+                channel.close_all(fds)
+
+    def _answer(self, request: int, loaded: Loaded) -> None:
+        future = self._requests.pop(request, None)
+        if future is not None and not future.done():
+            future.set_result(loaded)
+
+    # -- its lives -------------------------------------------------------------------------------------------
+
+    def _lose(self) -> None:
+        if self._control is not None:
+            self._loop.remove_reader(self._control)
+            self._loop.remove_writer(self._control)
+            self._control.close()
+            self._control = None
+        for _, fds in self._outbox:
+            channel.close_all(fds)
+        self._outbox.clear()
+        lost: list[asyncio.Future[Loaded] | asyncio.Future[Seen]] = [*self._requests.values(), *self._looks.values()]
+        for future in lost:
+            if not future.done():
+                future.set_exception(Unavailable("the checkpoint store ended."))
+        self._requests.clear()
+        self._looks.clear()
+
+    def _died(self) -> None:
+        self._lose()
+        assert self._process is not None
+        self._process.kill()
+        status = self._process.wait()  # it has closed its end: it is dead or dying
+        self._tree.remove(self._process.pid)
+        self._process = None
+        if not self._closed:
+            self._log.warning("checkpoint_store_died", status=status, retry_after=self._wait)
+            self._timer = self._loop.call_later(self._wait, self.start)
+            self._wait = min(LONGEST_WAIT, self._wait * 2)
+
+    def _hand_over(self, kept: _Kept) -> None:
+        """Give a new life what an earlier one had whole; it answers with Held of its own."""
+        held = kept.held
+        if len(kept.fds) != held.count:
+            channel.close_all(kept.fds)
+            return
+        size = os.fstat(kept.fds[0]).st_size
+        message: AnyMessage = channel.Adopt(
+            held.digest, held.directory, held.bytes, held.count, size, tuple(self._users(held.digest))
+        )
+        for batch in channel.batches(kept.fds):
+            self._send(message, list(batch))
+            message = channel.Slabs()
+
+
+def _seen(future: asyncio.Future[Loaded]) -> None:
+    """Nobody need await a wish: its error is not to be complained about."""
+    with contextlib.suppress(asyncio.CancelledError):
+        future.exception()
