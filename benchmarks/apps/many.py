@@ -14,7 +14,9 @@ def _define(name: str) -> None:
         return value
 
     echo.__name__ = echo.__qualname__ = name
-    globals()[name] = app.function(scaledown_window=3600, max_containers=1)(sllm.concurrent(max_inputs=64)(echo))
+    globals()[name] = app.function(memory=64, scaledown_window=3600, max_containers=1)(
+        sllm.concurrent(max_inputs=64)(echo)
+    )
 
 
 for _number in range(100):
