@@ -13,7 +13,7 @@ from sllm_faas import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
-COMMAND = re.compile(r"^\s*(?:\$ )?sllm ([a-z][^#\n]*)", re.M)
+COMMAND = re.compile(r"^\s*(?:\$ )?sllm ([a-z][^#\n]*)", re.MULTILINE)
 
 
 def names(page: Path) -> str:
@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_python_blocks_compile(page: Path) -> None:
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(block, str(page), "exec")
 
 
