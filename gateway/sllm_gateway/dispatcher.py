@@ -193,6 +193,8 @@ class Dispatcher:
             case Type.ROUTES:
                 self.routes.replace(body)
                 self._rerouted()
+                # The controller forgot our demand when we said HELLO, be it only for a gap.
+                self._demand.report_all(set(self._clocks) | set(self._running))
             case Type.ROUTES_DELTA:
                 if not self.routes.apply(body):
                     return False

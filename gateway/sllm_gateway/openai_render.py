@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+from abc import ABC, abstractmethod
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,7 @@ class _Offsets:
 # -- streams -------------------------------------------------------------------------------------------------
 
 
-class _ChunkWriter:
+class _ChunkWriter(ABC):
     content_type = EVENT_STREAM
     ping = PING
     object = ""
@@ -98,8 +99,8 @@ class _ChunkWriter:
     def outputs(self, first: int, outputs: list[bytes]) -> bytes:
         return b"".join(self._chunks(first + at, decode(data)) for at, data in enumerate(outputs))
 
-    def _chunks(self, ordinal: int, output: LlmOutput) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _chunks(self, ordinal: int, output: LlmOutput) -> bytes: ...
 
     def _chunk(self, choice: dict[str, Any], ordinal: int | None) -> bytes:
         chunk = {**self._head, "choices": [choice]}

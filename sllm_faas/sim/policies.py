@@ -10,6 +10,7 @@ serverlessllm  the ServerlessLLM paper's: least of load and migrate-then-load ti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -31,7 +32,7 @@ from sllm_faas.controller.placement import (
 FREE = Costs(0.0, 0.0, 0.0, 0.0)
 
 
-class _Blind:
+class _Blind(ABC):
     """Places by a rank that knows no estimates."""
 
     exhaustive = True
@@ -55,8 +56,8 @@ class _Blind:
                 return Evict(node.name, tuple(item.instance for item in idle), f"{node.name}: stops {len(idle)} idle")
         return no_room(big)
 
-    def ranked(self, nodes: list[Candidate]) -> list[Candidate]:
-        raise NotImplementedError
+    @abstractmethod
+    def ranked(self, nodes: list[Candidate]) -> list[Candidate]: ...
 
 
 class Anywhere(_Blind):

@@ -416,6 +416,16 @@ async def test_a_controller_that_was_away_is_told_all_demand(world: World) -> No
         await world.dispatcher.controller.call("status", {})
 
 
+async def test_a_table_sent_anew_is_answered_with_all_demand(world: World) -> None:
+    """After a gap the gateway says HELLO again, and the controller forgets what it knew of it."""
+    world.submit()
+    await asyncio.sleep(0)
+    before = len(world.demand())
+    table = Routes(7, tuple(world.dispatcher.routes.functions.values()))
+    world.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
+    assert [(item.waiting, item.running) for item in world.demand()[before:]] == [(1, 0)]
+
+
 async def test_leaving_ends_everything_with_a_reason(world: World) -> None:
     world.grant(1)
     handles = [world.submit(), world.submit()]
