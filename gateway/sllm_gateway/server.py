@@ -24,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from sllm_faas import logging
 from sllm_faas.config import Config
 from sllm_faas.errors import BadSpec, Conflict, Unavailable
+from sllm_faas.wire.curve import load_or_create
 from sllm_gateway.access import AccessLog
 from sllm_gateway.app import Gateway, Settings
 from sllm_gateway.dispatcher import Dispatcher
@@ -144,7 +145,9 @@ class Service:
             on_routes=lambda table: self.links.sync_nodes(table.nodes),
         )
         self.gateway = Gateway(self.dispatcher, settings, access=AccessLog(access_fd), metrics=Metrics())
-        self.links = Links(self.dispatcher, name, config.controller_endpoint, clock=time.monotonic)
+        # Nodes of other machines let in who proves the platform's gateway key.
+        keys = load_or_create(config.keys_dir, "gateway") if config.listen else None
+        self.links = Links(self.dispatcher, name, config.controller_endpoint, clock=time.monotonic, keys=keys)
         self._log = logging.get("gateway")
         self._grace: asyncio.TimerHandle | None = None
         self._server = _Server(

@@ -169,4 +169,7 @@ def invoker(join: str, daemon: bool, **flags: Any) -> None:
     token = (sys.stdin.readline() if join == "-" else join).strip()
     if not token:
         raise BadRequest("the join token is empty", hint="Make one with `sllm join-token`.")
+    from sllm_faas.wire.curve import JoinToken  # needs ZeroMQ, which no other command does
+
+    JoinToken.decode(token)  # said here, where the person is, and not in the log of the invoker
     _serve(load_config({**flags, "join": token, "invokers": 1}), daemon)

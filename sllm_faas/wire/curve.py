@@ -95,7 +95,7 @@ class JoinToken:
     def decode(cls, text: str) -> JoinToken:
         """Raises BadRequest; its message never holds the token."""
         refusal = BadRequest(
-            f"that is not a join token; one begins with {PREFIX!r}", hint="Make one with `sllm node join-token`."
+            f"that is not a join token; one begins with {PREFIX!r}", hint="Make one with `sllm join-token`."
         )
         if not text.startswith(PREFIX):
             raise refusal

@@ -95,6 +95,9 @@ class Platform:
         kwargs.setdefault("timeout", 60)
         return httpx.post(f"{self.url}/v1/functions/{function}", json=body, headers=headers, **kwargs)
 
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=60)
+
     def up(self, *flags: str) -> None:
         self.sllm("up", "--daemon", *flags)
 
