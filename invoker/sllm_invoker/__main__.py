@@ -6,10 +6,8 @@ SIGTERM or SIGINT: an orderly stop within `shutdown_grace`; a second one: at onc
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -18,22 +16,14 @@ import uvloop
 from sllm_faas import logging
 from sllm_faas.config import Config
 from sllm_faas.errors import SllmError
+from sllm_faas.stopping import stop_requested
 from sllm_invoker.agent import Agent
 from sllm_invoker.containers.zygote import ENTRY
 
 
 async def _serve(config: Config, name: str) -> None:
     agent = Agent(config, name, entry=os.environ.get("SLLM_RUNNER_ENTRY") or ENTRY)
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            os._exit(1)
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    stopping = stop_requested()
     await agent.start()
     # Frames make no garbage in cycles; looking for it in everything imported costs milliseconds of latency.
     gc.collect()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from pathlib import Path
 
 from sllm_faas import logging
 from sllm_faas.config import Config
 from sllm_faas.errors import SllmError
+from sllm_faas.stopping import stop_requested
 
 
 async def _serve(config: Config, name: str) -> None:
@@ -24,16 +24,7 @@ async def _serve(config: Config, name: str) -> None:
     from sllm_faas.controller.service import Controller
 
     controller = Controller(config, name)
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            os._exit(1)
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    stopping = stop_requested()
     await controller.start()
     logging.get("controller").ready(endpoints=controller.endpoints)
     await stopping.wait()

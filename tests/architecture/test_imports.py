@@ -19,7 +19,7 @@ ROOTS = {
 }
 GROUND = ("sllm_faas.errors", "sllm_faas.spec")
 LEAVES = ("sllm_faas.modules", "sllm_faas.imports", "sllm_faas.parameters", "sllm_faas.bundle", "sllm_faas.config")
-SHARED = (*GROUND, *LEAVES, "sllm_faas.logging", "sllm_faas.wire")
+SHARED = (*GROUND, *LEAVES, "sllm_faas.logging", "sllm_faas.stopping", "sllm_faas.wire")
 
 # A room and what it may import of ours, longest prefix first. A room may always import itself.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.modules": GROUND,
     "sllm_faas.imports": (*GROUND, "sllm_faas.modules"),
     "sllm_faas.parameters": GROUND,
+    "sllm_faas.stopping": (),
     "sllm_faas.wire": (*GROUND, "sllm_faas.modules"),
     "sllm_faas.dispatch": (*GROUND, "sllm_faas.parameters", "sllm_faas.wire"),
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),

@@ -44,12 +44,6 @@ class Mapping:
     def __repr__(self) -> str:
         return f"<map of {self.length} bytes at {self.address:#x}>"
 
-    def populate(self, start: int = 0, end: int | None = None) -> bool:
-        """Have the pages of a byte range in this process's page tables. False where the kernel cannot."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        last = min(_paged(self.length if end is None else end), _paged(self.length))
-        return last <= first or advise(self.address + first, last - first, MADV_POPULATE_READ)
-
     def cover(self, fd: int) -> None:
         """Put a file of the same length in place of what is mapped, at the same addresses. Raises OSError."""
         _mmap(self.address, self.length, mmap.MAP_PRIVATE | _MAP_FIXED, fd)
