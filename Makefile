@@ -51,7 +51,7 @@ bench-env: $(PEERS)/.installed
 
 $(PEERS)/.installed: benchmarks/peers.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement benchmarks/peers.txt
 	@touch $@
 
 bench: install bench-env

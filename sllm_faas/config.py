@@ -97,6 +97,9 @@ class Config:
     dram_mb: int = _setting(
         -1, "MiB of memory that keep checkpoints; -1: a quarter of memory_mb; 0: the page cache alone", _dram
     )
+    layers_mb: int = _setting(
+        -1, "MiB of memory that keep warmth layers; -1: an eighth of memory_mb; 0: none above base", _dram
+    )
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")
     shutdown_grace: float = _setting(30.0, "seconds that running invocations get at a stop", _between(0.0, 3600.0))
@@ -151,7 +154,7 @@ class Config:
 
         Not XDG_RUNTIME_DIR: another shell may have another one, and logging out removes it under a daemon."""
         inside = self.state_dir / "run"
-        longest = len(os.fsencode(inside)) + len("/-c.sock") + MAX_NODE_NAME
+        longest = len(os.fsencode(inside)) + len("/.sock") + MAX_NODE_NAME
         if longest <= _SOCKET_LIMIT:
             return inside
         mark = hashlib.blake2b(os.fsencode(self.state_dir), digest_size=8).hexdigest()
@@ -180,10 +183,6 @@ class Config:
         """Where the invoker `name` is reached by gateways."""
         return f"ipc://{self.run_dir}/{name}.sock"
 
-    def container_endpoint(self, name: str) -> str:
-        """Where the invoker `name` is reached by its own containers."""
-        return f"ipc://{self.run_dir}/{name}-c.sock"
-
     @property
     def loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
@@ -207,6 +206,11 @@ class Config:
     def node_dram_mb(self) -> int:
         """MiB of memory in which one invoker keeps checkpoints."""
         return self.node_memory_mb // 4 if self.dram_mb < 0 else self.dram_mb // max(1, self.invokers)
+
+    @property
+    def node_layers_mb(self) -> int:
+        """MiB of memory in which one invoker keeps warmth layers."""
+        return self.node_memory_mb // 8 if self.layers_mb < 0 else self.layers_mb // max(1, self.invokers)
 
     # -- making, writing, reading ----------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 FunctionKind = Literal["function", "class", "llm"]
@@ -132,9 +133,13 @@ class MethodSpec:
     """A generator: outputs are streamed."""
     is_async: bool = False
     batching: Batching | None = None
+    resumable: bool = False
+    """A generator that can go on elsewhere: there it is handed the last value it yielded."""
 
     def __post_init__(self) -> None:
         check_function_name(self.name)
+        if self.resumable and not self.stream:
+            raise ValueError(f"method {self.name!r} is resumable and no generator; allowed: only generators")
         if self.stream and self.batching:
             raise ValueError(f"method {self.name!r} is a generator and batched; allowed: one of the two")
 
@@ -154,7 +159,8 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSpec:
-    """Where weights come from: a local directory (of the server's machine), or a Hugging Face repo id.
+    """Where weights come from: a Hugging Face repo id, a folder behind https:// or s3://, or a directory of the
+    server's machine. `revision` of a URL is the content's digest, `blake3:` and 64 hex digits, or empty.
 
     `digest` is filled in by the platform once it is ingested.
     """
@@ -166,7 +172,19 @@ class CheckpointSpec:
 
     def __post_init__(self) -> None:
         if not self.source or len(self.source) > 4096 or "\0" in self.source:
-            raise ValueError(f"checkpoint source is {self.source!r}; allowed: a directory or a repo id")
+            raise ValueError(f"checkpoint source is {self.source!r}; allowed: a repo id, a URL or a directory")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """A LoRA adapter of an llm's checkpoint, served beside it as the model `function:name`. `checkpoint` says where it
+    comes from; its digest is filled in by the platform."""
+
+    name: str
+    checkpoint: CheckpointSpec
+
+    def __post_init__(self) -> None:
+        _check_name(FUNCTION_NAME, "adapter", self.name, "a letter or '_', then letters, digits, '_' or '-'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +212,7 @@ class FunctionSpec:
     """Accelerators an instance holds for itself, for admission."""
     secrets: tuple[str, ...] = ()
     checkpoint: CheckpointSpec | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
     libs: tuple[str, ...] = ()
     """Top-level packages the bundle imports; decides which warmth layer an instance is forked from."""
 
@@ -216,8 +235,31 @@ class FunctionSpec:
             raise ValueError(f"function {self.name!r} needs a module, a qualname and at least one method")
         if self.kind == "function" and len(self.methods) != 1:
             raise ValueError(f"function {self.name!r} has {len(self.methods)} methods; allowed: exactly one")
+        adapters = [adapter.name for adapter in self.adapters]
+        if len(set(adapters)) != len(adapters):
+            raise ValueError(f"llm {self.name!r} has two adapters of one name: {adapters}")
+        if self.adapters and self.kind != "llm":
+            raise ValueError(f"function {self.name!r} has adapters; allowed: only llms")
         if self.parameters and self.kind != "class":
             raise ValueError(f"function {self.name!r} has parameters; allowed: only classes")
+
+    def checkpoints(self) -> dict[str, CheckpointSpec]:
+        """What it needs of the checkpoint store: its own name for the model, `name:adapter` for an adapter."""
+        if self.checkpoint is None:
+            return {}
+        adapters = {f"{self.name}:{adapter.name}": adapter.checkpoint for adapter in self.adapters}
+        return {self.name: self.checkpoint, **adapters}
+
+    def resolved(self, digests: Mapping[str, str]) -> FunctionSpec:
+        """The same with the digests of its checkpoints filled in, by the keys of `checkpoints`."""
+        if self.checkpoint is None:
+            return self
+        found = {
+            key: replace(checkpoint, digest=digests.get(key, checkpoint.digest))
+            for key, checkpoint in self.checkpoints().items()
+        }
+        adapters = tuple(replace(adapter, checkpoint=found[f"{self.name}:{adapter.name}"]) for adapter in self.adapters)
+        return replace(self, checkpoint=found[self.name], adapters=adapters)
 
     def method(self, name: str) -> MethodSpec | None:
         """The method called `name`; the only one of a plain function when `name` is empty."""
@@ -253,8 +295,15 @@ class AppSpec:
         return next((function for function in self.functions if function.name == name), None)
 
 
+class _Hashed:
+    """Room for a hash that is worked out once: a Target is looked up in a dozen tables for every call."""
+
+    __slots__ = ("_hash",)
+    _hash: int
+
+
 @dataclass(frozen=True, slots=True, order=True)
-class Target:
+class Target(_Hashed):
     """What an instance serves: one version of a function, with one set of parameter values.
 
     Written `app/function@version`, with `#parameters` when there are any. `parameters` is the canonical JSON
@@ -270,6 +319,10 @@ class Target:
         check_app_name(self.app)
         check_function_name(self.function)
         _check_range("version", self.version, 1, 2**31)
+        object.__setattr__(self, "_hash", hash((self.app, self.function, self.version, self.parameters)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         suffix = f"#{short_digest(self.parameters.encode())}" if self.parameters else ""

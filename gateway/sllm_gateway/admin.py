@@ -17,6 +17,7 @@ from sllm_gateway.auth import Gate, Principal, Scope
 from sllm_gateway.dispatcher import Dispatcher
 from sllm_gateway.errors import info_of, shape
 from sllm_gateway.exchange import Exchange
+from sllm_gateway.rpc import TIMEOUT
 from sllm_gateway.sse import EVENT_STREAM, PING, QUIET, json_event
 
 NDJSON = b"application/x-ndjson"
@@ -34,13 +35,22 @@ class Admin:
 
     # -- one question to the controller ----------------------------------------------------------------------
 
-    def ask(self, op: str, scope: Scope, body: Body, *, listed: str = "", status: int = 200) -> Endpoint:
+    def ask(
+        self,
+        op: str,
+        scope: Scope,
+        body: Body,
+        *,
+        listed: str = "",
+        status: int = 200,
+        patience: float | None = TIMEOUT,
+    ) -> Endpoint:
         """An endpoint for `op`. `listed` names the answer's list that a token limited to apps sees only part of;
-        without it, and without an app in the path, such a token may not ask."""
+        without it, and without an app in the path, such a token may not ask. `patience`: seconds for the answer."""
 
         async def endpoint(exchange: Exchange) -> None:
             principal = self._admit(exchange, scope, listed)
-            answer = await self._dispatcher.controller.call(op, await body(exchange))
+            answer = await self._dispatcher.controller.call(op, await body(exchange), patience=patience)
             if listed and principal.apps:
                 answer[listed] = [one for one in answer[listed] if principal.sees(one.get("app") or one.get("name"))]
             await exchange.respond(_encode(answer), status)
@@ -125,6 +135,15 @@ class Admin:
         if not answers and missing is not None:
             raise missing
         return answers
+
+    async def restart_node(self, exchange: Exchange) -> None:
+        """Ask the invoker to leave in order; whoever supervises it starts it again."""
+        self._gate.check_all_apps(self._gate.admit(exchange, "admin"))
+        node = exchange.params["node"]
+        rpc = self._dispatcher.nodes.get(node)
+        if rpc is None:
+            raise NotFound(f"Node {node!r} is not connected.", hint="See `sllm node list`.", param="node")
+        await exchange.respond(_encode(await rpc.call("node.leave", {})), 202)
 
     # -- logs ------------------------------------------------------------------------------------------------
 
@@ -248,6 +267,14 @@ async def nothing(_exchange: Exchange) -> dict[str, Any]:
 async def path(exchange: Exchange) -> dict[str, Any]:
     """What the path names."""
     return dict(exchange.params)
+
+
+async def instance_stop(exchange: Exchange) -> dict[str, Any]:
+    drain = exchange.query().get("drain", "")
+    try:
+        return {**exchange.params, **({"drain": float(drain)} if drain else {})}
+    except ValueError:
+        raise BadRequest(f"drain is {drain[:40]!r}; allowed: seconds.", param="drain") from None
 
 
 async def app_query(exchange: Exchange) -> dict[str, Any]:

@@ -1,22 +1,28 @@
 """Taking over invocations whose gateway died: ADOPT to every invoker, ADOPTED back, then outputs from where asked.
 
 An invoker keeps a lost gateway's invocations for `orphan_grace`. It may not have noticed the loss yet (three missed
-heartbeats): "owned" is therefore asked again for a while. Invariant: at most one handle per invocation comes of it,
-registered in the same wake-up as ADOPTED, before the outputs that follow it on the link.
+heartbeats): "owned" is therefore asked again for a while. Several may have it, when it was resumed or moved: the one
+under the highest fence is the one, and the others are told to stop. An invoker that still has every output since its
+INVOKE replays them all: what the client has seen is not delivered again, but makes the resume state whole.
+
+Invariant: at most one handle per invocation comes of it, registered in the same wake-up as ADOPTED, before the outputs
+that follow it on the link.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from sllm_faas.dispatch.invocation import Invocation, State
+from sllm_faas.dispatch import resume
+from sllm_faas.dispatch.invocation import State
+from sllm_faas.dispatch.resume import Way, way_of
 from sllm_faas.errors import Conflict, Gone, NotFound, SllmError, Unavailable, WireError
-from sllm_faas.spec import Timeouts
+from sllm_faas.spec import Target, Timeouts
 from sllm_faas.wire import codec
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import Adopted, Invoke
 from sllm_gateway.dispatcher import Dispatcher
-from sllm_gateway.handle import Handle
+from sllm_gateway.handle import Call, Handle
 
 ANSWER = 2.0
 """Seconds invokers have to answer."""
@@ -32,6 +38,8 @@ class _Search:
         self.first = first
         self.asked: set[str] = set()
         self.answers: dict[str, str] = {}
+        self.unlinked: set[str] = set()
+        """Nodes that could not be asked."""
         self.handle: Handle | None = None
         self.done = asyncio.Event()
 
@@ -46,7 +54,8 @@ class Adoptions:
         """The invocation, from its output `first` on.
 
         Raises NotFound (no invoker has it), Gone (those outputs are no longer kept), Conflict (its gateway lives, or
-        somebody else adopts it now), Unavailable (no invoker is connected).
+        somebody else adopts it now), Unavailable (an invoker that may have it is not
+        connected, or silent).
         """
         if self._dispatcher.handle(identity) is not None or identity in self._searches:
             raise Conflict("This invocation has a caller already.", hint="Its stream can be read by one client only.")
@@ -67,6 +76,7 @@ class Adoptions:
 
     async def _ask(self, identity: bytes, search: _Search) -> None:
         search.asked = set(self._dispatcher.linked())
+        search.unlinked = set(self._dispatcher.routes.nodes) - search.asked
         if not search.asked:
             raise Unavailable("No invoker is connected yet.", hint="Try again shortly.", retry_after=1.0)
         credit = self._credit(search.first)
@@ -86,44 +96,67 @@ class Adoptions:
         header, body = frame.header, frame.body
         assert isinstance(body, Adopted)
         search = self._searches.get(header.id)
-        if search is None or search.handle is not None or node not in search.asked:
+        if search is None or node not in search.asked or node in search.answers:
             self._dispatcher.drops["unasked_adopted"] += 1
             return
         search.answers[node] = body.status
         if body.status == "found":
-            search.handle = self._take(node, header, body, search.first)
-        if search.handle is not None or len(search.answers) == len(search.asked):
+            self._found(search, node, frame)
+        if len(search.answers) == len(search.asked):
             search.done.set()
 
-    def _take(self, node: str, header: Header, body: Adopted, first: int) -> Handle | None:
-        dispatcher = self._dispatcher
+    def _found(self, search: _Search, node: str, frame: codec.Frame) -> None:
+        header, other = frame.header, search.handle
+        if other is not None and other.inv.fence >= header.fence:
+            self._dispatcher.disown(node, header)
+            return
+        if other is not None and self._dispatcher.handle(header.id) is other:
+            self._dispatcher.forget(other)
+        search.handle = self._take(node, frame, search.first)
+
+    def _take(self, node: str, frame: codec.Frame, first: int) -> Handle | None:
+        dispatcher, header, body = self._dispatcher, frame.header, frame.body
         try:
             invoke = codec.unpack_as(Invoke, body.invoke)
         except WireError:
             dispatcher.drops["bad_frame"] += 1
             return None
-        if body.target is None:
+        if body.target is None or header.seq > first:
             dispatcher.drops["bad_frame"] += 1
             return None
-        route = dispatcher.routes.functions.get((body.target.app, body.target.function))
+        call = self._call(header.id, body.target, invoke, frame.buffers)
         now = dispatcher.clock()
-        inv = Invocation(
-            header.id,
-            body.target,
-            now,
-            method=invoke.method,
-            stream=invoke.stream,
-            encoding=invoke.encoding,
-            timeouts=route.spec.timeouts if route is not None else Timeouts(),
-            fence=header.fence,
-            state=State.STREAMING if first else State.DISPATCHED,
-            wanted=first,
-            consumed=first,
-            credit=self._credit(first),
-        )
+        inv = call.begin(now, dispatcher.window)
+        inv.fence = header.fence
+        inv.state = State.STREAMING if header.seq else State.DISPATCHED
+        inv.wanted = inv.consumed = header.seq
+        inv.credit = self._credit(first)
         inv.adopt(now)
         slot = next((one for one in dispatcher.slots.of(body.target) if one.instance == body.instance), None)
-        return dispatcher.adopt(node, inv, invoke.context, slot)
+        whole = header.seq == invoke.outputs
+        kept = resume.begin(call.way, invoke.resume) if whole else None
+        return dispatcher.adopt(node, inv, call, slot, kept, first - header.seq)
+
+    def _call(self, identity: bytes, target: Target, invoke: Invoke, buffers: tuple[bytes, ...]) -> Call:
+        """What was asked of the lost gateway, as far as its invoker knows it."""
+        route = self._dispatcher.routes.functions.get((target.app, target.function))
+        spec = route.spec if route is not None and route.version == target.version else None
+        payload = invoke.payload or (buffers[0] if buffers else b"")
+        way: Way = "never"
+        if payload and spec is not None:
+            way = way_of(spec.kind, invoke.method, spec.method(invoke.method))
+        return Call(
+            identity,
+            target,
+            invoke.method,
+            payload,
+            invoke.encoding,
+            invoke.stream,
+            spec.timeouts if spec is not None else Timeouts(),
+            caller=invoke.caller,
+            context=invoke.context,
+            way=way,
+        )
 
 
 def _verdict(search: _Search) -> SllmError:
@@ -138,4 +171,7 @@ def _verdict(search: _Search) -> SllmError:
     if len(search.answers) < len(search.asked):
         silent = ", ".join(sorted(search.asked - set(search.answers)))
         return Unavailable(f"{silent} did not answer.", hint="Try again shortly.", retry_after=1.0)
+    if search.unlinked:
+        missing = ", ".join(sorted(search.unlinked))
+        return Unavailable(f"{missing} could not be asked.", hint="Try again shortly.", retry_after=1.0)
     return NotFound("No invoker has this invocation.", hint="It has ended, or was not taken over in time.")

@@ -87,7 +87,7 @@ class Gateway:
         self.metrics = metrics or Metrics()
         self.recent = Recent(settings.name)
         self.gate = Gate(
-            lambda: dispatcher.routes.tokens,
+            lambda: dispatcher.routes.tokens if dispatcher.routes.known else None,
             open_invoke=settings.open_invoke,
             loopback=settings.loopback,
             host=settings.host,

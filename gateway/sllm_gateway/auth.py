@@ -17,9 +17,10 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from sllm_faas.errors import Forbidden, Unauthenticated
+from sllm_faas.errors import Forbidden, Unauthenticated, Unavailable
 from sllm_faas.wire.messages import TokenEntry
 from sllm_gateway.exchange import Exchange
 
@@ -54,11 +55,12 @@ ANONYMOUS = Principal("anonymous", frozenset({"invoke"}))
 
 
 class Gate:
-    """`tokens()` gives the entries by sha256; `open_invoke` lets anyone invoke; `loopback` checks Host."""
+    """`tokens()` gives the entries by sha256, None while nobody has told them; `open_invoke` lets anyone invoke;
+    `loopback` checks Host."""
 
     def __init__(
         self,
-        tokens: Callable[[], dict[str, TokenEntry]],
+        tokens: Callable[[], dict[str, TokenEntry] | None],
         *,
         open_invoke: bool,
         loopback: bool,
@@ -72,7 +74,7 @@ class Gate:
         self._now = now
 
     def admit(self, exchange: Exchange, scope: Scope, app: str = "") -> Principal:
-        """Raises Unauthenticated or Forbidden. `app` when the request is about one."""
+        """Raises Unauthenticated, Forbidden; Unavailable while no token is known yet. `app` when it is about one."""
         entry = self._entry(exchange)
         if entry is None:
             given = _token(exchange)
@@ -84,10 +86,9 @@ class Gate:
                 "The token is not known, or has expired." if given else "This needs a token, and none was given.",
                 hint="Send `Authorization: Bearer sllm_…`; `sllm token create` makes one.",
             )
-        scopes = frozenset[str]().union(*(_IMPLIED.get(name, frozenset()) for name in entry.scopes))
-        principal = Principal(entry.name, scopes, frozenset(entry.apps))
+        principal = _principal(entry.name, entry.scopes, entry.apps)
         exchange.principal = principal
-        if scope not in scopes:
+        if scope not in principal.scopes:
             raise Forbidden(
                 f"Token {entry.name!r} has scope {', '.join(entry.scopes) or 'none'}; this needs {scope}.",
                 hint="Create a token with that scope.",
@@ -125,10 +126,21 @@ class Gate:
         token = _token(exchange)
         if not token:
             return None
-        entry = self._tokens().get(hashlib.sha256(token).hexdigest())
+        tokens = self._tokens()
+        if tokens is None:
+            if not token.startswith(_PREFIX):  # none of ours, whatever they are
+                return None
+            raise Unavailable("The gateway has just started.", hint="Try again shortly.", retry_after=1.0)
+        entry = tokens.get(hashlib.sha256(token).hexdigest())
         if entry is None or (entry.expires is not None and entry.expires <= self._now()):
             return None
         return entry
+
+
+@lru_cache(1024)
+def _principal(name: str, scopes: tuple[str, ...], apps: tuple[str, ...]) -> Principal:
+    implied = frozenset[str]().union(*(_IMPLIED.get(scope, frozenset()) for scope in scopes))
+    return Principal(name, implied, frozenset(apps))
 
 
 def _token(exchange: Exchange) -> bytes:

@@ -16,20 +16,24 @@ from sllm_faas.spec import Target
 from sllm_faas.wire.messages import Demand, TargetDemand
 
 TRAILING = 0.1
+_IDLE = (0, 0)
 
 
 class DemandReporter:
-    """`measure(target)` gives (waiting, running, age of the oldest waiting in seconds); `report` sends a Demand and
-    says whether it went out; `want` tells the invokers; `forget` is called for targets that became idle."""
+    """`counts(target)` gives (waiting, running), `oldest(target)` the seconds since its oldest waiting was submitted;
+    `report` sends a Demand and says whether it went out; `want` tells the invokers; `forget` is called for targets that
+    became idle."""
 
     def __init__(
         self,
-        measure: Callable[[Target], TargetDemand],
+        counts: Callable[[Target], tuple[int, int]],
+        oldest: Callable[[Target], float],
         report: Callable[[Demand], bool],
         want: Callable[[Target], None],
         forget: Callable[[Target], None],
     ) -> None:
-        self._measure = measure
+        self._counts = counts
+        self._oldest = oldest
         self._report = report
         self._want = want
         self._forget = forget
@@ -52,9 +56,8 @@ class DemandReporter:
             self._soon = asyncio.get_running_loop().call_soon(self._flush_urgent)
 
     def report_all(self, targets: set[Target]) -> None:
-        """The controller may know nothing: tell all of it."""
-        self._sent.clear()
-        self._flush(targets)
+        """The controller may know nothing, or only what it was told before: tell all of it, and what has ended."""
+        self._flush(targets | set(self._sent), again=True)
 
     def close(self) -> None:
         for timer in (self._soon, self._later):
@@ -72,18 +75,21 @@ class DemandReporter:
         targets, self._changed = self._changed, set()
         self._flush(targets)
 
-    def _flush(self, targets: set[Target]) -> None:
+    def _flush(self, targets: set[Target], *, again: bool = False) -> None:
         items = []
+        sent = self._sent
         for target in targets:
             self._want(target)
-            item = self._measure(target)
-            if self._sent.get(target, (0, 0)) != (item.waiting, item.running):
-                items.append(item)
+            now = self._counts(target)
+            if now != sent.get(target, _IDLE) or (again and now != _IDLE):
+                items.append(TargetDemand(target, *now, self._oldest(target)))
+            elif now == _IDLE:
+                self._forget(target)
         if items and not self._report(Demand(tuple(items))):
             return  # no controller: it is told everything when it is back
         for item in items:
-            self._sent[item.target] = (item.waiting, item.running)
-        for target in targets:
-            if self._sent.get(target, (0, 0)) == (0, 0):
-                self._sent.pop(target, None)
-                self._forget(target)
+            if item.waiting or item.running:
+                sent[item.target] = (item.waiting, item.running)
+            else:
+                sent.pop(item.target, None)
+                self._forget(item.target)

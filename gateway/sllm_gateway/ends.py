@@ -25,6 +25,16 @@ def refused(reason: str) -> ErrorInfo:
     return to_info(WorkerLost(f"The invoker refused it: {reason}.", hint=_AGAIN))
 
 
+def version_gone(target: Target) -> ErrorInfo:
+    return to_info(
+        WorkerLost(
+            f"The instance was lost and version {target.version} of {target.app}/{target.function}, which gave the "
+            "answer so far, serves no more.",
+            hint=_AGAIN,
+        )
+    )
+
+
 def broken(why: str, wanted: int) -> ErrorInfo:
     return to_info(WorkerLost(f"The stream broke: {why} at output {wanted}.", hint=_AGAIN))
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -30,6 +30,17 @@ Send = Callable[[Message], Awaitable[None]]
 BODY_PATIENCE = 30.0
 """Seconds for which a client may send nothing of the body it announced."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+def _identities() -> Iterator[bytes]:
+    """16 random bytes each; the kernel is asked for many at once, because asking costs as much as parsing a body."""
+    while True:
+        block = os.urandom(4096)
+        for at in range(0, len(block), 16):
+            yield block[at : at + 16]
+
+
+_identity = _identities().__next__
 
 
 class ClientGone(Exception):
@@ -69,7 +80,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.identity = os.urandom(16)
+        self.identity = _identity()
         """Becomes the id of the invocation, if the request makes one."""
         given = self.headers.get(b"x-request-id")
         self.request_id = given.decode() if given and _REQUEST_ID.fullmatch(given) else invocation_text(self.identity)

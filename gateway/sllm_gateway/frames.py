@@ -6,7 +6,7 @@ from sllm_faas.dispatch.invocation import Invocation
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import INLINE_LIMIT, Done, Invoke
+from sllm_faas.wire.messages import INLINE_LIMIT, Activate, Done, Invoke
 from sllm_gateway.handle import Call
 
 
@@ -25,8 +25,15 @@ def invoke(call: Call, inv: Invocation, number: int) -> Parts:
         outputs=inv.wanted,
         caller=call.caller,
     )
-    header = Header(Type.INVOKE, inv.id, inv.fence, number, credit=inv.credit)
+    header = Header(Type.INVOKE, inv.id, inv.fence, number, seq=inv.wanted, credit=inv.credit)
     return codec.encode(header, body) if inline else codec.encode(header, body, payload)
+
+
+def activate(inv: Invocation, number: int, state: bytes) -> Parts:
+    """ACTIVATE of `inv`, which the instance `number` of its node holds."""
+    return codec.encode(
+        Header(Type.ACTIVATE, inv.id, inv.fence, number, seq=inv.wanted, credit=inv.credit), Activate(state)
+    )
 
 
 def result(body: Done, buffers: tuple[bytes, ...]) -> bytes:

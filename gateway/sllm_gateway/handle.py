@@ -12,13 +12,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from sllm_faas.dispatch import resume
 from sllm_faas.dispatch.invocation import Invocation
+from sllm_faas.dispatch.resume import Resume, Way
 from sllm_faas.dispatch.slots import Instance
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import Encoding, RetryPolicy, Target, Timeouts
 from sllm_faas.wire.header import NO_LIMIT
+from sllm_gateway.handover import Handover
 
 if TYPE_CHECKING:
     from sllm_gateway.dispatcher import Dispatcher
@@ -40,6 +43,8 @@ class Call:
     weight: float = 1.0
     caller: str = ""
     context: bytes = b""
+    way: Way = "never"
+    """How it can go on when its instance is lost."""
 
     def begin(self, now: float, window: int) -> Invocation:
         """The invocation of this call, submitted at `now`; a stream may send `window` outputs ahead of its reader."""
@@ -70,21 +75,46 @@ class Ended:
 class Handle:
     """What `Dispatcher.submit` returns. One consumer; every method is for the dispatcher's event loop."""
 
-    __slots__ = ("_dispatcher", "_pending", "_waiter", "adopted", "began", "call", "ended", "inv", "node", "slot")
+    __slots__ = (
+        "_dispatcher",
+        "_pending",
+        "_waiter",
+        "adopted",
+        "began",
+        "call",
+        "ended",
+        "granted",
+        "handover",
+        "handovers",
+        "inv",
+        "node",
+        "resume",
+        "skip",
+        "slot",
+    )
 
-    def __init__(self, dispatcher: Dispatcher, inv: Invocation, call: Call | None, began: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, inv: Invocation, call: Call, began: float) -> None:
         self._dispatcher = dispatcher
         self.inv = inv
-        self.call = call
-        """None once it has ended, so that no argument is kept; and for an adopted one."""
+        self.call: Call | None = call
+        """None once it has ended, so that no argument is kept."""
+        self.resume: Resume | None = resume.begin(call.way)
+        """What another instance would need; None for what cannot go on elsewhere, and once it has ended."""
         self.began = began
         """Unix time of its submission."""
         self.slot: Instance | None = None
         """Where it runs, or ran last."""
+        self.granted = False
+        """It takes a slot of our grants there."""
         self.node = ""
         """The node it is in flight on; empty while it is not."""
         self.adopted = b""
         """The context of an adopted invocation."""
+        self.skip = 0
+        """Outputs to come that the caller of an adopted one has seen."""
+        self.handovers: list[Handover] = []
+        self.handover: Handover | None = None
+        """The last of them, until there is an output again."""
         self.ended: Ended | None = None
         self._pending: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -130,7 +160,27 @@ class Handle:
 
     # -- the dispatcher's side -------------------------------------------------------------------------------
 
+    def leave(self, kind: Literal["migration", "resume"], now: float, why: str = "") -> None:
+        """It goes on elsewhere from here."""
+        if self.handover is None:
+            self.handover = Handover(kind, self.node, now, self.inv.active, why)
+            self.handovers.append(self.handover)
+        else:  # no output came since the last one: the client waits for both as for one
+            self.handover.kind = kind
+            self.handover.why = f"{self.handover.why}, {why}".strip(", ")
+
+    def arrived(self, now: float) -> None:
+        """The first output since it left."""
+        assert self.handover is not None
+        self.handover.ended = now
+        self.handover = None
+
     def deliver(self, outputs: list[bytes]) -> None:
+        if self.skip:
+            seen = min(self.skip, len(outputs))
+            self.skip -= seen
+            self._dispatcher.consumed(self, seen)
+            outputs = outputs[seen:]
         self._pending.extend(outputs)
         self.nudge()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from sllm_faas.dispatch.resume import way_of
 from sllm_faas.dispatch.routes import Resolved, RouteTable
 from sllm_faas.errors import BadRequest, Unavailable
 from sllm_faas.spec import Encoding, Timeouts
@@ -74,6 +75,7 @@ class Functions:
             resolved.route.weight,
             caller,
             note.FUNCTION,
+            way_of(spec.kind, resolved.method.name, resolved.method),
         )
         await self._answer(exchange, call)
 
@@ -147,7 +149,7 @@ def check_payload(body: bytes, encoding: Encoding) -> bytes:
 
 def lowered(timeouts: Timeouts, headers: Mapping[bytes, bytes]) -> Timeouts:
     """The function's timeouts, lowered as the headers ask. Raises BadRequest for what is not seconds."""
-    if not any(name.startswith(b"x-sllm-timeout") for name in headers):
+    if b"x-sllm-timeout" not in b" ".join(headers):  # as nearly always
         return timeouts
     values = {name: getattr(timeouts, name) for name in _TIMEOUT_HEADERS.values()}
     for header, raw in headers.items():

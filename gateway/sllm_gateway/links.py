@@ -32,32 +32,23 @@ CONTROLLER = ""
 class Peer:
     """A link and whether its other end has welcomed us, under which life.
 
-    What is sent within one wake-up goes out together at its end: waking ZeroMQ's own thread costs more than the
-    message, and requests come in bursts. `on_busy` is called when the other end does not read.
+    `on_busy` is called, on its own, when the other end does not read.
     """
 
     def __init__(self, dealer: Dealer, on_busy: Callable[[], None]) -> None:
         self.dealer = dealer
         self.life = ""
         self._on_busy = on_busy
-        self._outgoing: list[Parts] = []
 
     @property
     def up(self) -> bool:
         return bool(self.life)
 
     def send(self, parts: Parts) -> None:
-        if not self._outgoing:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._outgoing.append(parts)
-
-    def _flush(self) -> None:
-        outgoing, self._outgoing = self._outgoing, []
         try:
-            for parts in outgoing:
-                self.dealer.send(parts)
+            self.dealer.send(parts)
         except PeerBusy:
-            self._on_busy()
+            asyncio.get_running_loop().call_soon(self._on_busy)
         except PeerGone:
             pass  # closed by us meanwhile
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
+from sllm_faas.dispatch.resume import way_of
 from sllm_faas.errors import BadRequest
 from sllm_faas.spec import Target, short_digest
 from sllm_faas.wire import llm
@@ -50,14 +52,15 @@ class OpenAI:
     # -- generation ------------------------------------------------------------------------------------------
 
     async def chat(self, exchange: Exchange) -> None:
-        route, fields = await self._begin(exchange)
+        route, adapter, fields = await self._begin(exchange)
         body = parse(fields, ChatBody)
-        await self._generate(exchange, route, body, parse_chat(body, _seed), "chat", bool(body.logprobs))
+        request = replace(parse_chat(body, _seed), adapter=adapter)
+        await self._generate(exchange, route, body, request, "chat", bool(body.logprobs))
 
     async def completions(self, exchange: Exchange) -> None:
-        route, fields = await self._begin(exchange)
+        route, adapter, fields = await self._begin(exchange)
         body = parse(fields, CompletionBody)
-        request = parse_completion(body, _seed)
+        request = replace(parse_completion(body, _seed), adapter=adapter)
         await self._generate(exchange, route, body, request, "completion", body.logprobs is not None)
 
     async def _generate(
@@ -92,9 +95,9 @@ class OpenAI:
             await exchange.respond(_encode(whole.answer(ended)), 200, JSON, timing)
 
     async def embeddings(self, exchange: Exchange) -> None:
-        route, fields = await self._begin(exchange)
+        route, adapter, fields = await self._begin(exchange)
         body = parse(fields, EmbeddingBody)
-        request = llm.LlmRequest(prompts=parse_input(body.input, "input"))
+        request = llm.LlmRequest(prompts=parse_input(body.input, "input"), adapter=adapter)
         handle = self._dispatcher.submit(self._call(exchange, route, "embed", llm.encode(request), note.FUNCTION))
         ended = await self._streams.result(exchange, handle)
         timing = [(b"server-timing", server_timing(handle))]
@@ -104,8 +107,8 @@ class OpenAI:
         answer = embeddings(ended.payload, body.model, body.encoding_format == "base64")
         await exchange.respond(_encode(answer), 200, JSON, timing)
 
-    async def _begin(self, exchange: Exchange) -> tuple[FunctionRoute, dict[str, Any]]:
-        """Who asks, for which model, with which fields."""
+    async def _begin(self, exchange: Exchange) -> tuple[FunctionRoute, str, dict[str, Any]]:
+        """Who asks, for which model and adapter, with which fields."""
         principal = self._gate.admit(exchange, "invoke")
         require_routes(self._dispatcher.routes)
         try:
@@ -119,13 +122,13 @@ class OpenAI:
         name = fields.get("model")
         if not isinstance(name, str) or not name:
             raise BadRequest("You must say which model to use.", param="model")
-        return self._model(exchange, principal, name[:200]), fields
+        return *self._model(exchange, principal, name[:200]), fields
 
-    def _model(self, exchange: Exchange, principal: Principal, name: str) -> FunctionRoute:
-        route = self._dispatcher.routes.model(name)
+    def _model(self, exchange: Exchange, principal: Principal, name: str) -> tuple[FunctionRoute, str]:
+        route, adapter = self._dispatcher.routes.served(name)
         self._gate.check_app(principal, route.app)
         exchange.app, exchange.function = route.app, route.spec.name
-        return route
+        return route, adapter
 
     def _call(self, exchange: Exchange, route: FunctionRoute, method: str, payload: bytes, context: bytes) -> Call:
         spec = route.spec
@@ -142,6 +145,7 @@ class OpenAI:
             route.weight,
             "",
             context,
+            way_of("llm", method, None),
         )
 
     # -- models ----------------------------------------------------------------------------------------------
@@ -156,16 +160,18 @@ class OpenAI:
         principal = self._gate.admit(exchange, "invoke")
         require_routes(self._dispatcher.routes)
         name = exchange.params["id"]
-        await exchange.respond(_encode(_shown(name, self._model(exchange, principal, name))))
+        await exchange.respond(_encode(_shown(name, self._model(exchange, principal, name)[0])))
 
 
 def _shown(name: str, route: FunctionRoute) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(route.created), "owned_by": route.app}
+    shown = {"id": name, "object": "model", "created": int(route.created), "owned_by": route.app}
+    model, colon, _ = name.partition(":")
+    return {**shown, "parent": model} if colon else shown
 
 
 def fingerprint(route: FunctionRoute) -> str:
     """Changes whenever answers to the same seed may: with the version, and the weights."""
-    weights = route.spec.checkpoint.digest if route.spec.checkpoint is not None else ""
+    weights = "".join(checkpoint.digest for checkpoint in route.spec.checkpoints().values())
     return "fp_" + short_digest(f"{route.app}/{route.spec.name}@{route.version}:{weights}".encode())
 
 

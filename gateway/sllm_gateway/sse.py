@@ -48,6 +48,11 @@ def json_event(value: Any, *, name: bytes = b"", ordinal: int | None = None) -> 
     return event(_encode_json(value), name=name, ordinal=ordinal)
 
 
+def comment(text: str) -> bytes:
+    """A line for people; clients pass over it."""
+    return b": " + text.encode() + b"\n\n"
+
+
 def record(value: dict[str, Any]) -> bytes:
     body = _encode_msgpack(value)
     return _length.pack(len(body)) + body

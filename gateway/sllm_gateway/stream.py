@@ -15,8 +15,11 @@ from sllm_faas.errors import ErrorInfo, SllmError, TooLarge
 from sllm_gateway.errors import info_of
 from sllm_gateway.exchange import Exchange
 from sllm_gateway.handle import Ended, Handle
-from sllm_gateway.sse import Pulse, Watches, Writer
+from sllm_gateway.sse import EVENT_STREAM, Pulse, Watches, Writer, comment
 from sllm_gateway.timeline import server_timing
+
+COMMENTS = b"x-sllm-comments"
+"""The request header that asks for a comment line when a stream goes on from another instance."""
 
 
 class Streams:
@@ -70,13 +73,18 @@ class Streams:
             handle.cancel()
 
     async def _relay(self, exchange: Exchange, handle: Handle, writer: Writer) -> None:
-        ordinal = handle.inv.consumed
+        ordinal = handle.inv.consumed + handle.skip
+        comments = exchange.header(COMMENTS) == "1" and writer.content_type is EVENT_STREAM
+        told = 0
         self._pulse.hold(handle)
         while True:
             outputs = await handle.batch()
             ended = handle.ended
             try:
                 data = writer.outputs(ordinal, outputs) if outputs else b""
+                if comments and told < len(handle.handovers) and handle.handover is None:
+                    data = comment(handle.handovers[-1].comment) + data
+                    told = len(handle.handovers)
                 ordinal += len(outputs)
                 if ended is not None and ended.error is None:
                     if not handle.inv.stream:  # a plain result, asked for as a stream

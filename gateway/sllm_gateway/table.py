@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from sllm_gateway.admin import Admin, app_query, deployment, nothing, path, path_and_json
+from sllm_gateway.admin import Admin, app_query, deployment, instance_stop, nothing, path, path_and_json
 from sllm_gateway.exchange import Exchange
 from sllm_gateway.invocations import Invocations
 from sllm_gateway.invoke import Functions
@@ -87,6 +87,15 @@ def table(
             "invoke",
             answer=events,
         ),
+        row(
+            "POST",
+            "/v1/invocations/{id}/migrate",
+            admin.ask("invocation.migrate", "admin", path_and_json, patience=None),
+            "invocations",
+            "Let it go on at another node, live; answered when it does.",
+            "admin",
+            body=json,
+        ),
         row("DELETE", "/v1/invocations/{id}", invocations.delete, "invocations", "Cancel.", "invoke"),
         row("HEAD", "/v1/bundles/{digest}", admin.bundle_head, "apps", "Whether a bundle is here.", "deploy"),
         row(
@@ -138,10 +147,11 @@ def table(
         row(
             "DELETE",
             "/v1/instances/{instance}",
-            admin.ask("instance.stop", "deploy", path, status=202),
+            admin.ask("instance.stop", "deploy", instance_stop, status=202),
             "platform",
             "Stop an instance.",
             "deploy",
+            query={"drain": "seconds that what runs may take; without it all it takes"},
         ),
         row("GET", "/v1/nodes", admin.ask("node.list", "read", nothing), "platform", "Nodes.", "read"),
         row(
@@ -151,6 +161,14 @@ def table(
             "platform",
             "What is known of a node.",
             "read",
+        ),
+        row(
+            "POST",
+            "/v1/nodes/{node}/restart",
+            admin.restart_node,
+            "platform",
+            "Let a node's invoker leave in order; its supervisor starts it again.",
+            "admin",
         ),
         *(
             row(

@@ -5,6 +5,9 @@ Phases, in seconds since submission:
     queue          until it was dispatched             place, then the instance's own spans, when that is what it
     first_output   until its first output              waited for (cold): fork, attach, enter …
     run            from dispatch to the end            and, inside it, the container's own spans
+    migration      from the commit of a move, or the   its detail says from where to where, and how it was lost
+    or resume      loss of its instance, to the next
+                   output
 
 No payload is looked at. A record is JSON-able throughout.
 """
@@ -45,6 +48,9 @@ def phases(handle: Handle) -> list[Phase]:
         out.append(("first_output", queued, inv.first_output - inv.dispatched, ""))
     if inv.ended:
         out.append(("run", queued, inv.ended - inv.dispatched, ""))
+    for handover in handle.handovers:
+        seconds = max(0.0, (handover.ended or inv.ended or handover.began) - handover.began)
+        out.append((handover.kind, handover.began - inv.submitted, seconds, handover.detail))
     if handle.ended is not None:
         out += [(name, queued + start, seconds, "") for name, start, seconds in handle.ended.spans]
     return out
@@ -85,6 +91,7 @@ def record(handle: Handle, gateway: str) -> dict[str, Any]:
         "cold": is_cold(handle),
         "fence": inv.fence,
         "attempts": inv.attempt + bool(inv.dispatched),
+        "resumes": inv.resumes,
         "outputs": inv.wanted,
         "usage": dict(ended.usage) if ended is not None else {},
         "timeline": [

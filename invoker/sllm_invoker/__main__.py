@@ -1,6 +1,7 @@
 """`python -m sllm_invoker --config FILE --name NODE`: the invoker's process.
 
-SIGTERM or SIGINT: an orderly stop within `shutdown_grace`; a second one: at once (the lifeline ends the containers).
+SIGTERM or SIGINT: notice to the controller and an orderly stop within `shutdown_grace`; a second one: at once (the
+lifeline ends the containers).
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from sllm_invoker.containers.zygote import ENTRY
 
 
 async def _serve(config: Config, name: str) -> None:
-    agent = Agent(config, name, entry=os.environ.get("SLLM_RUNNER_ENTRY") or ENTRY)
     stopping = stop_requested()
+    entry = os.environ.get("SLLM_RUNNER_ENTRY") or ENTRY
+    agent = Agent(config, name, entry=entry, asked_to_leave=stopping.set)
     await agent.start()
     # Frames make no garbage in cycles; looking for it in everything imported costs milliseconds of latency.
     gc.collect()
     gc.freeze()
     logging.get("invoker").ready(node=name, endpoint=agent.relay.endpoint)
     await stopping.wait()
-    await agent.stop(config.shutdown_grace)
+    left = await agent.leave(config.shutdown_grace)
+    await agent.stop(left)
     logging.get("invoker").info("stopped", node=name)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
 
 from sllm_faas import logging
 from sllm_faas.config import Config
@@ -28,6 +30,7 @@ from sllm_faas.wire.messages import (
     Ingest,
     Ingested,
     InstanceReport,
+    Migrated,
     NodeInfo,
     NodeStats,
     Progress,
@@ -40,6 +43,7 @@ from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checks import Checks
 from sllm_invoker.container import Place
 from sllm_invoker.containers import tree
+from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.process import ProcessRuntime
 from sllm_invoker.containers.zygote import ENTRY, become_subreaper
 from sllm_invoker.ingests import Ingests
@@ -52,14 +56,24 @@ from sllm_invoker.requests import Requests
 from sllm_invoker.uplink import Uplink
 
 TICK = 1.0
+LOOK = 0.05
+IDLE = 5.0
+"""Seconds for which a node that was given notice keeps idle instances: others start elsewhere first."""
+QUIESCE = 1.0
+"""Seconds for the gateways to know that nothing is here any more."""
 LEAVE = 0.1
 """Seconds for the last frames to get out."""
 
 
 class Agent:
-    """`start` and `stop` are a pair, both on the event loop. `entry` is what a forked instance runs."""
+    """`start` and `stop` are a pair, both on the event loop; `leave` comes between them. `entry` is what a forked
+    instance runs, `asked_to_leave` is called when somebody asks for an orderly stop over the wire."""
 
-    def __init__(self, config: Config, name: str, *, entry: str = ENTRY) -> None:
+    def __init__(
+        self, config: Config, name: str, *, entry: str = ENTRY, asked_to_leave: Callable[[], None] = lambda: None
+    ) -> None:
+        self._asked_to_leave = asked_to_leave
+        self._leaving = False
         self.config = config
         self.name = name
         self.life = life()
@@ -85,7 +99,8 @@ class Agent:
         become_subreaper()
         self._loop = asyncio.get_running_loop()
         self._tree = tree.Tree(self.directory)
-        self.runtime = ProcessRuntime(name, self._tree, entry=self._entry)
+        layers = Pool(budget_mb=config.node_layers_mb)
+        self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers)
         self.book = LogBook(config.logs_dir, name)
         self.ingests = Ingests(CheckpointStore(config.checkpoints_dir), self._tree, self.directory)
         self.tier = MemoryTier(
@@ -97,13 +112,13 @@ class Agent:
             self.book, config.node_memory_mb,
         )  # fmt: skip
         core = RelayCore(name, stream_window=config.stream_window, orphan_grace=config.orphan_grace)
-        events = RelayEvents(self._from_container, self._on_request, self._on_cancel, self._on_kill, self._on_drain)
-        self.relay = Relay(
-            core, self._endpoint(), config.container_endpoint(name), events, life=self.life, keys=self._keys()
-        )
+        events = RelayEvents(
+            self._from_container, self._on_request, self._on_cancel, self._on_kill, self._on_drain, self._migrated
+        )  # fmt: skip
+        self.relay = Relay(core, self._endpoint(), events, life=self.life, keys=self._keys())
         self.instances = Instances(place, self.relay, self._report)
-        self.checks = Checks(place, self.relay.container_endpoint, self._checked, self._progress)
-        self.requests = Requests(self.book, self.ingests.store, self._digests_in_use)
+        self.checks = Checks(place, self.relay, self._checked, self._progress)
+        self.requests = Requests(self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave)
         self._digests = await asyncio.to_thread(self.ingests.digests)
         self.tier.start()
         self.tier.expect(await asyncio.to_thread(self.ingests.largest))
@@ -120,6 +135,23 @@ class Agent:
         )
         self._tick()
 
+    async def leave(self, grace: float) -> float:
+        """Give notice, and serve on until the controller has taken everything away, at most `grace` seconds; what is
+        left of them. Without a controller until nothing runs."""
+        until = self._loop.time() + grace
+        self._leaving, idle = True, 0.0
+        self._give_notice()
+        while (left := until - self._loop.time()) > 0 and len(self.instances):
+            idle = 0.0 if self.relay.core.flights else idle + LOOK
+            if idle >= (IDLE if self.uplink.up else LOOK):
+                break
+            await asyncio.sleep(LOOK)
+        return max(0.0, left)
+
+    def _give_notice(self) -> None:
+        if self._leaving:
+            self.uplink.send(Header(Type.LEAVING))
+
     async def stop(self, grace: float) -> None:
         """Refuse new work, give what runs `grace` seconds, then end everything."""
         if self._timer is not None:
@@ -127,13 +159,15 @@ class Agent:
         self.checks.close()
         self.ingests.close()
         await self.instances.close(grace)
+        await self.relay.quiesce(QUIESCE)
         self.requests.close()
-        self.relay.close()
+        self.relay.part()
         self.uplink.close()
+        await asyncio.sleep(LEAVE)
+        self.relay.close()
         await self.runtime.close()
         await self.tier.close()
         self.book.close()
-        await asyncio.sleep(LEAVE)
         if self._admission is not None:
             self._admission.stop()
         (self.directory / "processes.json").unlink(missing_ok=True)
@@ -153,6 +187,8 @@ class Agent:
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._gateway_keys = frozenset(welcome.gateway_keys)
+        self._give_notice()
+        self._stats = None  # a controller that was restarted has not heard them
 
     # -- to the controller -----------------------------------------------------------------------------------
 
@@ -164,15 +200,25 @@ class Agent:
             self.config.node_memory_mb,
             node.cores(),
             checkpoints=self._digests,
+            host=node.host(),
         )
         return Hello("invoker", self.name, self.life, os.getpid(), info, self.instances.reports())
 
     def _report(self, report: InstanceReport) -> None:
+        if report.state != "starting":
+            self._tell_stats()  # first: what a start left in memory is known when it is known to be over
         self.uplink.send(Header(Type.INSTANCE), report)
 
     def _checked(self, checked: Checked) -> None:
         self._digests = tuple(sorted({*self._digests, *checked.checkpoints.values()}))
         self.uplink.send(Header(Type.CHECKED), checked)
+
+    def _migrated(self, migrated: Migrated) -> None:
+        told = Counter(result.outcome for result in migrated.results)
+        self._log.info(
+            "migrated", instance=migrated.instance, moved=told["moved"], kept=told["kept"], ended=told["ended"]
+        )
+        self.uplink.send(Header(Type.MIGRATED), migrated)
 
     def _progress(self, progress: Progress) -> None:
         self.uplink.send(Header(Type.PROGRESS), progress)
@@ -184,7 +230,16 @@ class Agent:
         self._timer = self._loop.call_later(TICK, self._tick)
         self.runtime.tidy()
         self.instances.refresh()
-        stats = node.stats(self.directory, self.config.node_memory_mb, len(self.instances))
+        self._tell_stats()
+
+    def _tell_stats(self) -> None:
+        stats = node.stats(
+            self.directory,
+            self.config.node_memory_mb,
+            len(self.instances),
+            self.tier.resident(),
+            self.runtime.pool.layers(),
+        )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats
 
@@ -197,6 +252,8 @@ class Agent:
             case Type.STOP:
                 if not self.instances.stop(frame.body):
                     self._log.info("stop_of_unknown_instance", instance=frame.body.instance)
+            case Type.MIGRATE:
+                self.relay.migrate(frame.body)
             case Type.CHECK:
                 self.checks.check(frame.body)
             case Type.INGEST:
@@ -211,7 +268,10 @@ class Agent:
     async def _ingest(self, ingest: Ingest) -> None:
         try:
             digest, size = await self.ingests.bring(
-                ingest.checkpoint, ingest.name, lambda *step: self._progress(Progress(ingest.request, *step))
+                ingest.checkpoint,
+                ingest.name,
+                lambda *step: self._progress(Progress(ingest.request, *step)),
+                base=ingest.base,
             )
             answer = Ingested(ingest.request, digest, size)
             self.tier.expect(size)

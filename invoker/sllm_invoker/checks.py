@@ -17,6 +17,7 @@ from sllm_faas.wire.messages import Check, Checked, Progress
 from sllm_invoker import secrets
 from sllm_invoker.container import Container, NotReady, Place, code_of
 from sllm_invoker.containers.base import ContainerSpec
+from sllm_invoker.relay import Relay
 from sllm_invoker.runner.config import InstanceConfig, dumps
 
 LIMIT = 300.0
@@ -25,10 +26,10 @@ LIMIT = 300.0
 
 class Checks:
     def __init__(
-        self, place: Place, endpoint: str, done: Callable[[Checked], None], progress: Callable[[Progress], None]
+        self, place: Place, relay: Relay, done: Callable[[Checked], None], progress: Callable[[Progress], None]
     ) -> None:
         self._place = place
-        self._endpoint = endpoint
+        self._relay = relay
         self._done = done
         self._progress = progress
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -76,15 +77,20 @@ class Checks:
                 # A deployment announces a first start: importing its libraries goes on beside bringing its weights …
                 libs = asyncio.ensure_future(runtime.prepare(spec, "")) if spec.kind == "llm" else None
                 try:
-                    digest, size = await self._place.ingests.bring(
-                        spec.checkpoint, "", lambda *step: self._progress(Progress(request, *step))
-                    )
-                    digests[spec.name], sizes[digest] = digest, size
+                    for key, checkpoint in spec.checkpoints().items():
+                        found, size = await self._place.ingests.bring(
+                            checkpoint,
+                            "",
+                            lambda *step: self._progress(Progress(request, *step)),
+                            base=digests.get(spec.name, ""),
+                        )
+                        digests[key], sizes[found] = found, size
                     if libs is not None:
                         # … and a model whose skeleton cannot be made is not one that can be served.
                         self._progress(Progress(request, "prepare"))
                         await libs
-                        await runtime.prepare(spec, str(self._place.ingests.store.path(digest)))
+                        directory = self._place.ingests.store.path(digests[spec.name])
+                        await runtime.prepare(spec.resolved(digests), str(directory))
                 finally:
                     if libs is not None:
                         libs.cancel()
@@ -102,7 +108,6 @@ class Checks:
             names = {secret for spec in specs for secret in spec.secrets}
             config = InstanceConfig(
                 name,
-                self._endpoint,
                 target,
                 specs,
                 mode="check",
@@ -114,12 +119,14 @@ class Checks:
             libs = tuple(sorted({lib for spec in specs for lib in spec.libs}))
             layers = replace(specs[0], libs=libs, checkpoint=None)
             async with asyncio.timeout(LIMIT):
-                await container.start(ContainerSpec(name, dumps(config), layers))
+                with self._relay.link(name.encode()) as link:
+                    await container.start(ContainerSpec(name, dumps(config), layers, link=link.fileno()))
                 await asyncio.shield(container.ready)
         except TimeoutError:
             raise StartFailed(f"the import of app {check.app.name!r} did not end within {LIMIT:g} s.") from None
         finally:
             await container.stop()
+            self._relay.unlink(name.encode())
             del self._containers[name.encode()]
 
     def close(self) -> None:

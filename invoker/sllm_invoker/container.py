@@ -47,6 +47,8 @@ class Container:
         self.handle: Handle | None = None
         self.ended: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[Timeline] = asyncio.get_running_loop().create_future()
+        self.tokens = 0
+        """In the contexts of what runs in it, when it last told."""
         self.scratch = place.directory / "scratch" / name
 
     async def start(self, spec: ContainerSpec) -> Handle:
@@ -81,6 +83,8 @@ class Container:
                     self.ready.set_result(body.timeline)
             case Type.START_FAILED:
                 self.fail(body.error, body.timeline)
+            case Type.CONTEXT:
+                self.tokens = header.seq
             case _:
                 pass  # HELLO, BYE: the process is watched by its pidfd
 

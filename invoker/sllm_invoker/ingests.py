@@ -35,7 +35,7 @@ class Ingests:
         self.store = store
         self._tree = tree
         self._scratch = scratch
-        self._running: dict[tuple[str, str, str], tuple[asyncio.Task[str], list[Report]]] = {}
+        self._running: dict[tuple[str, ...], tuple[asyncio.Task[str], list[Report]]] = {}
 
     def largest(self) -> int:
         """Bytes of the largest checkpoint on this node."""
@@ -44,15 +44,18 @@ class Ingests:
     def digests(self) -> tuple[str, ...]:
         return tuple(entry.digest for entry in self.store.list())
 
-    async def bring(self, checkpoint: CheckpointSpec, name: str, report: Report) -> tuple[str, int]:
-        """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`.
+    async def bring(self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "") -> tuple[str, int]:
+        """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`; `base` is what
+        an adapter adapts.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
-        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype)
+        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
         running = self._running.get(key)
         if running is None:
             reports = [report]
-            task = asyncio.get_running_loop().create_task(self._ingest(checkpoint, name or _name(checkpoint), reports))
+            task = asyncio.get_running_loop().create_task(
+                self._ingest(checkpoint, name or _name(checkpoint), reports, base)
+            )
             self._running[key] = (task, reports)
             task.add_done_callback(lambda _: self._running.pop(key, None))
         else:
@@ -64,15 +67,15 @@ class Ingests:
         found = await asyncio.to_thread(self.store.get, digest)
         return digest, found.manifest.total_bytes
 
-    async def ready(self, checkpoint: CheckpointSpec, report: Report) -> Path:
+    async def ready(self, checkpoint: CheckpointSpec, report: Report, *, base: str = "") -> Path:
         """The verified object's directory; its source is ingested when this node has not got it yet.
 
         Raises CheckpointUnavailable, CheckpointCorrupt …"""
         digest = checkpoint.digest
         if not digest:
-            digest, _ = await self.bring(checkpoint, "", report)
+            digest, _ = await self.bring(checkpoint, "", report, base=base)
         elif not self.store.path(digest).is_dir():
-            found, _ = await self.bring(checkpoint, "", report)
+            found, _ = await self.bring(checkpoint, "", report, base=base)
             if found != digest:
                 raise CheckpointUnavailable(
                     f"{checkpoint.source!r} is {found[:12]} on this node, and the version needs {digest[:12]}.",
@@ -80,10 +83,10 @@ class Ingests:
                 )
         return (await asyncio.to_thread(self.store.ensure_verified, digest)).directory
 
-    async def _ingest(self, checkpoint: CheckpointSpec, name: str, reports: list[Report]) -> str:
+    async def _ingest(self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str) -> str:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
         command += ["--source", checkpoint.source, "--name", name]
-        command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype]
+        command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype, "--base", base]
         process = subprocess.Popen(  # noqa: ASYNC220 - a fork, so that no sweep sees it before the tree knows it
             command,
             stdin=subprocess.DEVNULL,

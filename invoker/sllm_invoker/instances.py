@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sllm_faas import logging
-from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, WorkerLost, to_info
+from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, Unavailable, WorkerLost, to_info
 from sllm_faas.spec import Span, Timeline
 from sllm_faas.wire.codec import encode
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Start, Stop
 from sllm_invoker import secrets
+from sllm_invoker.checkpoints.channel import Loaded
 from sllm_invoker.container import Container, NotReady, Place
 from sllm_invoker.containers.base import ContainerSpec
 from sllm_invoker.memory_tier import Opening
@@ -35,6 +37,8 @@ STARTUP = 600.0
 """Seconds to become ready, where the function does not say."""
 EXIT_GRACE = 1.0
 """Seconds between the last output of a container that was told to leave and SIGKILL."""
+NEWS_TOKENS, NEWS_SHARE = 64, 0.1
+"""More than so many tokens, and more than that share of what was told, are worth a report of their own."""
 EXIT_HOOKS = 30.0
 """Seconds for exit hooks, once nothing runs any more."""
 LOOK = 0.5
@@ -55,8 +59,14 @@ class Entry:
     error: ErrorInfo | None = None
     digest: str = ""
     """Of the checkpoint object it uses, once that is known."""
+    loaded: Loaded | None = None
+    """How that came into memory, once it has."""
     told: int = 0
     """How many invocations ran in it by the last report."""
+    served: bool = False
+    """It has answered something, by the last report."""
+    told_tokens: int = 0
+    """How many tokens were in their contexts."""
     work: asyncio.Task[None] | None = None
     stopping: asyncio.Task[None] | None = None
 
@@ -82,9 +92,13 @@ class Instances:
         return tuple(self._describe(entry) for entry in self._entries.values())
 
     def refresh(self) -> None:
-        """Report those in which another number of invocations runs than was told. To be called now and then."""
+        """Report those in which another number of invocations runs than was told, or contexts have become quite other.
+        To be called now and then."""
         for entry in self._entries.values():
-            if entry.state in ("ready", "draining") and self._relay.core.running(entry.number) != entry.told:
+            if entry.state in ("ready", "draining") and (
+                self._relay.core.running(entry.number) != entry.told
+                or abs(entry.container.tokens - entry.told_tokens) > max(NEWS_TOKENS, NEWS_SHARE * entry.told_tokens)
+            ):
                 self._report(self._describe(entry))
 
     def bundles(self) -> set[str]:
@@ -96,7 +110,8 @@ class Instances:
         return [handle.pid for handle in handles if handle is not None]
 
     def checkpoints(self) -> set[str]:
-        return {entry.start.spec.checkpoint.digest for entry in self._entries.values() if entry.start.spec.checkpoint}
+        specs = [entry.start.spec for entry in self._entries.values()]
+        return {checkpoint.digest for spec in specs for checkpoint in spec.checkpoints().values()}
 
     def container(self, peer: bytes) -> Container | None:
         entry = self._entries.get(peer.decode(errors="replace"))
@@ -168,7 +183,6 @@ class Instances:
         try:
             config = InstanceConfig(
                 start.instance,
-                self._relay.container_endpoint,
                 start.target,
                 (start.spec,),
                 number=entry.number,
@@ -179,26 +193,39 @@ class Instances:
                 scratch=str(entry.container.scratch),
             )
             limit = min(place.memory_mb, max(LIMIT_FLOOR_MB, LIMIT_FACTOR * start.spec.memory_mb))
-            spec = ContainerSpec(
-                start.instance, dumps(config), start.spec, object_dir, limit, opening.channel if opening else -1
-            )
             at = self._since(entry)
-            handle = await entry.container.start(spec)
-            self._span(entry, "fork", at, f"from {handle.warmth}")
+            with self._relay.link(entry.peer) as link:
+                handle = await entry.container.start(
+                    ContainerSpec(
+                        start.instance, dumps(config), start.spec, object_dir, limit, link.fileno(),
+                        opening.channel if opening else -1,
+                    )
+                )  # fmt: skip
+            for made in handle.made:
+                entry.spans.append(Span(made.warmth, at, made.seconds, "made" if made.ours else "awaited"))
+                at += made.seconds
+            self._span(entry, "fork", at, f"from {handle.warmth}{self._company(entry)}")
             self._report(self._describe(entry))
             if opening is not None:
                 opening.close()  # the container has it
             timeline = await asyncio.shield(entry.container.ready)
-            await reading
+            entry.spans += self._shifted(entry, timeline)
+            entry.spans.sort(key=lambda span: span.start)
+            if entry.state == "starting":
+                self._relay.ready(entry.number, self._serving(entry, opening, reading))
+            # It serves already and computes as the bytes arrive; its start is over when all of them have.
+            over: list[asyncio.Future[Any]] = [reading, entry.container.ended]
+            await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return
+            if (failure := reading.result()) is not None and not isinstance(failure, Unavailable):
+                raise failure
         finally:
             reading.cancel()
             if opening is not None:
                 opening.close()
-        entry.spans += self._shifted(entry, timeline)
-        entry.spans.sort(key=lambda span: span.start)
         if entry.state == "starting":
             entry.state = "ready"
-            self._relay.ready(entry.number, self._timeline(entry))
             report = self._describe(entry)
             self._report(report)
             self._log.info(
@@ -216,11 +243,13 @@ class Instances:
         return str(path)
 
     async def _checkpoint(self, entry: Entry) -> str:
-        checkpoint = entry.start.spec.checkpoint
-        if checkpoint is None:
+        spec = entry.start.spec
+        if spec.checkpoint is None:
             return ""
         at = self._since(entry)
-        directory = await self._place.ingests.ready(checkpoint, lambda *_: None)
+        directory = await self._place.ingests.ready(spec.checkpoint, lambda *_: None)
+        for adapter in spec.adapters:
+            await self._place.ingests.ready(adapter.checkpoint, lambda *_: None, base=directory.name)
         self._span(entry, "verify", at)
         return str(directory)
 
@@ -231,19 +260,35 @@ class Instances:
         entry.digest = Path(object_dir).name
         return self._place.tier.open(entry.digest, Path(object_dir), priority=1)
 
-    async def _loaded(self, entry: Entry, opening: Opening | None) -> None:
-        """The span of the read. What went wrong with it the container says too, and better: it knows whether it
-        could do without."""
+    async def _loaded(self, entry: Entry, opening: Opening | None) -> SllmError | None:
+        """The span of the read. Returns what went wrong: a container can do without a store (Unavailable)."""
         if opening is None:
-            return
+            return None
         at = self._since(entry)
         try:
             found = await opening.loaded
         except SllmError as error:
             self._span(entry, "checkpoint", at, error.code)
-            return
+            return error
+        entry.loaded = found
         speed = f" {found.bytes / found.seconds / 1e9:.2f} GB/s" if found.seconds > 0 else ""
         self._span(entry, "checkpoint", at, f"tier={found.tier}{speed}")
+        entry.spans.sort(key=lambda span: span.start)
+        return None
+
+    def _serving(self, entry: Entry, opening: Opening | None, reading: asyncio.Task[SllmError | None]) -> Timeline:
+        """The start up to now, for those it serves from now on: a read that goes on is in it as far as it has come."""
+        if opening is None or reading.done():
+            return self._timeline(entry)
+        began = next(span.start for span in entry.spans if span.name == "fork")
+        detail = f"tier={opening.tier or 'disk'} and goes on"
+        so_far = Span("checkpoint", began, self._since(entry) - began, detail)
+        return Timeline(entry.began, tuple(sorted([*entry.spans, so_far], key=lambda span: span.start)))
+
+    def _company(self, entry: Entry) -> str:
+        """In words, how many other instances start here now."""
+        others = sum(other.state == "starting" for other in self._entries.values() if other is not entry)
+        return f", beside {others} other start{'s' * (others > 1)}" if others else ""
 
     # -- stop ------------------------------------------------------------------------------------------------
 
@@ -324,6 +369,7 @@ class Instances:
             await entry.container.ended
         entry.state, entry.error = state, error
         detail = f" {entry.container.ended.result()}" if entry.container.ended.done() else ""
+        entry.served = self._relay.core.served(entry.number)
         self._relay.gone(entry.number, state, detail)
         del self._entries[entry.start.instance]
         self._report(self._describe(entry))
@@ -360,7 +406,8 @@ class Instances:
 
     def _describe(self, entry: Entry) -> InstanceReport:
         handle = entry.container.handle
-        entry.told = self._relay.core.running(entry.number)
+        entry.served = entry.served or self._relay.core.served(entry.number)
+        entry.told, entry.told_tokens = self._relay.core.running(entry.number), entry.container.tokens
         return InstanceReport(
             entry.start.instance,
             entry.number,
@@ -372,4 +419,9 @@ class Instances:
             entry.told,
             self._timeline(entry),
             entry.error,
+            tokens=entry.told_tokens,
+            tier=entry.loaded.tier if entry.loaded else None,
+            read_bytes=entry.loaded.bytes if entry.loaded else 0,
+            read_seconds=entry.loaded.seconds if entry.loaded else 0.0,
+            served=entry.served,
         )

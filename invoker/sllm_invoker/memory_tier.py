@@ -25,6 +25,7 @@ from pathlib import Path
 
 from sllm_faas import logging
 from sllm_faas.errors import Unavailable, WireError, from_info
+from sllm_faas.spec import Tier
 from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import AnyMessage, Loaded, Seen
 from sllm_invoker.containers.tree import Tree
@@ -41,6 +42,10 @@ class _Kept:
     held: channel.Held
     fds: list[int]
 
+    @property
+    def whole(self) -> bool:
+        return len(self.fds) == self.held.count
+
 
 class Opening:
     """One wish for a checkpoint. `channel` is -1 for a prefetch."""
@@ -48,6 +53,8 @@ class Opening:
     def __init__(self, end: socket.socket | None, loaded: asyncio.Future[Loaded]) -> None:
         self._end = end
         self.loaded = loaded
+        self.tier: Tier | None = None
+        """Where it was when it was asked for; None until the store said so."""
 
     @property
     def channel(self) -> int:
@@ -81,7 +88,7 @@ class MemoryTier:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: list[tuple[AnyMessage, list[int]]] = []
-        self._requests: dict[int, asyncio.Future[Loaded]] = {}
+        self._requests: dict[int, Opening] = {}
         self._looks: dict[int, asyncio.Future[Seen]] = {}
         self._count = 0
         self._kept: dict[int, _Kept] = {}
@@ -95,6 +102,10 @@ class MemoryTier:
     def pid(self) -> int:
         """Of the store process; 0 while there is none."""
         return self._process.pid if self._process is not None else 0
+
+    def resident(self) -> tuple[str, ...]:
+        """Digests of the checkpoints that are whole in slabs."""
+        return tuple(sorted({kept.held.digest for kept in self._kept.values() if kept.whole}))
 
     def start(self) -> None:
         """Run the store process; again after every death of it."""
@@ -127,14 +138,15 @@ class MemoryTier:
         if not prefetch:
             end, theirs = channel.reader_pair()
             fds = [theirs.detach()]
+        opening = Opening(end, future)
         if self._control is None:
             channel.close_all(fds)  # whoever has the other end maps the file
             future.set_exception(Unavailable("the checkpoint store is restarting."))
         else:
-            self._requests[self._count] = future
+            self._requests[self._count] = opening
             self._send(channel.Open(self._count, digest, str(directory), priority), fds)
         future.add_done_callback(_seen)
-        return Opening(end, future)
+        return opening
 
     def expect(self, size: int) -> None:
         """A checkpoint of `size` bytes is on this node: have memory ready for one of that size."""
@@ -213,12 +225,16 @@ class MemoryTier:
     def _handle(self, message: AnyMessage, fds: list[int]) -> None:
         self._wait = FIRST_WAIT
         match message:
+            case channel.Opened() if message.request in self._requests:
+                self._requests[message.request].tier = message.tier
             case channel.Loaded():
-                self._answer(message.request, message)
+                opening = self._requests.pop(message.request, None)
+                if opening is not None and not opening.loaded.done():
+                    opening.loaded.set_result(message)
             case channel.NotLoaded():
-                future = self._requests.pop(message.request, None)
-                if future is not None and not future.done():
-                    future.set_exception(from_info(message.error))
+                opening = self._requests.pop(message.request, None)
+                if opening is not None and not opening.loaded.done():
+                    opening.loaded.set_exception(from_info(message.error))
             case channel.Held():
                 self._kept[message.residence] = _Kept(message, fds)
                 self._filling = message.residence
@@ -235,11 +251,6 @@ class MemoryTier:
             case _:
                 channel.close_all(fds)
 
-    def _answer(self, request: int, loaded: Loaded) -> None:
-        future = self._requests.pop(request, None)
-        if future is not None and not future.done():
-            future.set_result(loaded)
-
     # -- its lives -------------------------------------------------------------------------------------------
 
     def _lose(self) -> None:
@@ -251,7 +262,8 @@ class MemoryTier:
         for _, fds in self._outbox:
             channel.close_all(fds)
         self._outbox.clear()
-        lost: list[asyncio.Future[Loaded] | asyncio.Future[Seen]] = [*self._requests.values(), *self._looks.values()]
+        loading = [opening.loaded for opening in self._requests.values()]
+        lost: list[asyncio.Future[Loaded] | asyncio.Future[Seen]] = [*loading, *self._looks.values()]
         for future in lost:
             if not future.done():
                 future.set_exception(Unavailable("the checkpoint store ended."))
@@ -273,7 +285,7 @@ class MemoryTier:
     def _hand_over(self, kept: _Kept) -> None:
         """Give a new life what an earlier one had whole; it answers with Held of its own."""
         held = kept.held
-        if len(kept.fds) != held.count:
+        if not kept.whole:
             channel.close_all(kept.fds)
             return
         size = os.fstat(kept.fds[0]).st_size

@@ -25,11 +25,19 @@ def memory_available_mb() -> int:
     return 0
 
 
-def stats(directory: Path, limit_mb: int, instances: int) -> NodeStats:
-    """`limit_mb`: the memory this node may hand out in all."""
+def host() -> str:
+    """Names this machine: the same for every node on it, containers or not, another after a reboot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def stats(
+    directory: Path, limit_mb: int, instances: int, resident: tuple[str, ...] = (), layers: tuple[str, ...] = ()
+) -> NodeStats:
+    """`limit_mb`: the memory this node may hand out in all; `resident`: digests of what is in its DRAM tier;
+    `layers`: keys of the warmth layers it has."""
     disk = os.statvfs(directory)
     free = min(limit_mb, memory_available_mb())
-    return NodeStats(_step(free), _step(disk.f_bavail * disk.f_frsize // 2**20), instances)
+    return NodeStats(_step(free), _step(disk.f_bavail * disk.f_frsize // 2**20), instances, resident, layers)
 
 
 def address_towards(endpoint: str) -> str:

@@ -1,4 +1,4 @@
-"""The data plane of a node: gateways on one ROUTER, containers on another, `relay_core` between them.
+"""The data plane of a node: gateways on a ROUTER, each container on a socket of its own, `relay_core` between them.
 
 Carries out what the core decides, keeps the heartbeat with the gateways, and hands what is not an invocation
 (container READY, LOG …; gateway REQUEST) to its owner. Invariant: no frame, however bad, raises out of here, and no
@@ -8,21 +8,30 @@ invocation costs a task or a timer: one timer serves all of them, and grants are
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from sllm_faas import logging
-from sllm_faas.errors import WireError
+from sllm_faas.errors import SllmError, WireError
 from sllm_faas.spec import Timeline
 from sllm_faas.wire.bus import CurveKeys, Parts, PeerBusy, PeerGone, Router
 from sllm_faas.wire.codec import decode_body, encode
 from sllm_faas.wire.header import Header, Type, unpack
 from sllm_faas.wire.liveness import INTERVAL, Liveness
-from sllm_faas.wire.messages import Hello, InstanceState, Reply, Request, Welcome
-from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Send
+from sllm_faas.wire.messages import Hello, InstanceState, Migrate, Migrated, Reply, Request, Welcome
+from sllm_faas.wire.stream import BadStream, Stream, fits
+from sllm_invoker.neighbours import Neighbours
+from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Report, Send
 
 TICK = 0.2
+UNLINKED = 1.0
+"""Seconds a container lives on without its link: usually it is dying."""
+
+_OF_INVOCATIONS = frozenset({Type.OUTPUT, Type.DONE, Type.FAILED, Type.CANCELLED, Type.STATE, Type.HELD})
 
 Answer = Callable[[Reply], None]
 """Sends one reply; raises PeerGone when the asker is gone."""
@@ -40,6 +49,8 @@ class RelayEvents:
     """CANCEL of something that is no invocation; False when it is no request either."""
     kill: Callable[[int, str], None]
     drain: Callable[[int, str], None]
+    migrated: Callable[[Migrated], None] = lambda _: None
+    """A MIGRATE has been carried out."""
 
 
 class Relay:
@@ -47,7 +58,6 @@ class Relay:
         self,
         core: RelayCore,
         endpoint: str,
-        container_endpoint: str,
         events: RelayEvents,
         *,
         life: str,
@@ -60,21 +70,42 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._liveness: Liveness[bytes] = Liveness()
         self._settling = False
-        self._outgoing: list[Send] = []
+        self._parted = False
+        self._quiet: asyncio.Event | None = None
+        """Somebody waits until the core is quiet."""
         self._beat = 0.0
-        self._gateways = Router(endpoint, self._from_gateway, keys=keys)
-        self._containers = Router(container_endpoint, self._from_container)
+        self._gateways = Router(endpoint, self._from_gateway, keys=keys, on_gone=self._gone)
+        self._neighbours = Neighbours(core.node, life, self._from_node, self._node_lost, keys=keys)
+        self._sources: set[bytes] = set()
+        """Invokers that move something here."""
+        self._containers: dict[bytes, Stream] = {}
         self.endpoint = self._gateways.endpoint
-        self.container_endpoint = self._containers.endpoint
         self._timer = self._loop.call_later(TICK, self._tick)
 
+    async def quiesce(self, seconds: float) -> None:
+        """Called when no instance is left: what gateways sent before they knew is refused, so that nothing is lost
+        with the link. Returns when they know, or the time is up."""
+        self._quiet = asyncio.Event()
+        self._settle_soon()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._quiet.wait()
+
+    def part(self) -> None:
+        """Say goodbye to the gateways and listen no more. `close` too soon after it would drop what was just said."""
+        if not self._parted:
+            self._parted = True
+            for gateway in self._connected():
+                self._send_gateway(gateway, [Header(Type.BYE).pack()])
+
     def close(self) -> None:
-        """Say goodbye to the gateways and close both sockets."""
+        """Part, and close all sockets."""
         self._timer.cancel()
-        for gateway in self._connected():
-            self._send_gateway(gateway, [Header(Type.BYE).pack()])
+        self.part()
         self._gateways.close()
-        self._containers.close()
+        self._neighbours.close()
+        for stream in self._containers.values():
+            stream.close()
 
     # -- instances -------------------------------------------------------------------------------------------
 
@@ -87,7 +118,7 @@ class Relay:
         self._settle_soon()
 
     def drain(self, number: int) -> None:
-        self.core.drain(number)
+        self._perform(self.core.drain(number, self._loop.time()))
         self._settle_soon()
 
     def cancel_all(self, number: int) -> None:
@@ -97,26 +128,54 @@ class Relay:
         """The container is dead. `detail` completes "the container of … ended"."""
         instance = self.core.instances.get(number)
         if instance is not None:
-            self._containers.forget(instance.peer)
+            self.unlink(instance.peer)
         self._perform(self.core.gone(number, state, self._loop.time(), detail))
+
+    def migrate(self, order: Migrate) -> None:
+        """MIGRATE of the controller; `migrated` follows."""
+        try:
+            self._neighbours.open(order.node, order.endpoint, order.curve_key)
+        except SllmError as error:
+            self._log.warning("migrate_refused", node=order.node, error=error.message)
+            self._events.migrated(Migrated(order.migration, order.instance))
+            return
+        self._perform(self.core.migrate(order, self._loop.time()))
+
+    def link(self, peer: bytes) -> socket.socket:
+        """A socket for the container `peer`, to be handed to its process and closed here: whoever has it is `peer`."""
+        ours, theirs = socket.socketpair()
+        self._containers[peer] = Stream(ours, partial(self._from_container, peer), partial(self._unlinked, peer))
+        return theirs
+
+    def unlink(self, peer: bytes) -> None:
+        """The container is dead. What it said before still counts."""
+        stream = self._containers.pop(peer, None)
+        if stream is not None:
+            stream.drain()
+            stream.close()
 
     def send_container(self, peer: bytes, parts: Parts) -> bool:
         """False when the container is not connected or does not read."""
-        self._flush()
+        stream = self._containers.get(peer)
         try:
-            self._containers.send(peer, parts)
+            if stream is not None:
+                stream.send(parts)
         except (PeerGone, PeerBusy):
             return False
-        return True
+        return stream is not None
 
     # -- gateways --------------------------------------------------------------------------------------------
 
     def _from_gateway(self, peer: bytes, parts: Parts) -> None:
+        if self._parted:
+            return
         try:
             header = unpack(parts[0]) if parts else None
             if header is None:
                 self.core.dropped["empty"] += 1
                 return
+            if not fits(parts):
+                raise WireError(f"a message of {len(parts)} parts that no container would take")
             kind = header.type
             if kind is Type.HELLO:
                 self._joined(peer, parts)
@@ -140,6 +199,11 @@ class Relay:
             self.core.want(peer, header, max(0, decode_body(kind, parts[0]).slots))
         elif kind is Type.CANCEL and header.id not in self.core.flights and self._events.cancel(header.id):
             return
+        elif peer in self._sources:
+            if kind is Type.BYE:
+                self._source_lost(peer)
+            else:
+                self._perform(self.core.from_source(peer, header, parts, self._loop.time()))
         elif kind is Type.BYE:
             self._liveness.forget(peer)
             self._perform(self.core.gateway_left(peer, self._loop.time()))
@@ -152,23 +216,37 @@ class Relay:
         def answer(reply: Reply) -> None:
             if peer not in self._liveness:
                 raise PeerGone(f"gateway {peer.decode(errors='replace')} is gone")
-            self._flush()
             self._gateways.send(peer, encode(header._replace(type=Type.REPLY), reply))
 
         return answer
 
     def _joined(self, peer: bytes, parts: Parts) -> None:
         hello = decode_body(Type.HELLO, parts[0])
-        if not isinstance(hello, Hello) or hello.role != "gateway":
+        if not isinstance(hello, Hello) or hello.role not in ("gateway", "invoker"):
             self.core.dropped["not_a_gateway"] += 1
             return
         now = self._loop.time()
+        if hello.role == "invoker":
+            self.core.source_lost(peer, now)
+            self._liveness.heard(peer, now)
+            self._sources.add(peer)
+            self._send_gateway(peer, encode(Header(Type.WELCOME), Welcome(self.core.node, self._life)))
+            return
         self._liveness.heard(peer, now)
         self._log.info("gateway_joined", gateway=peer.decode(errors="replace"))
         self._send_gateway(peer, encode(Header(Type.WELCOME), Welcome(self.core.node, self._life)))
         self._perform(self.core.gateway_joined(peer, now))
 
+    def _source_lost(self, peer: bytes) -> None:
+        self._sources.discard(peer)
+        self._liveness.forget(peer)
+        self._gateways.forget(peer)
+        self.core.source_lost(peer, self._loop.time())
+
     def _lost(self, peer: bytes) -> None:
+        if peer in self._sources:
+            self._source_lost(peer)
+            return
         self._liveness.forget(peer)
         self._gateways.forget(peer)
         self._log.warning("gateway_lost", gateway=peer.decode(errors="replace"))
@@ -176,7 +254,16 @@ class Relay:
         self._settle_soon()
 
     def _connected(self) -> list[bytes]:
-        return list(self.core.gateways)
+        return [*self.core.gateways, *self._sources]
+
+    # -- other invokers --------------------------------------------------------------------------------------
+
+    def _from_node(self, node: str, header: Header) -> None:
+        self._perform(self.core.from_node(node, header, self._loop.time()))
+
+    def _node_lost(self, node: str) -> None:
+        self._log.warning("node_lost", peer=node)
+        self._perform(self.core.node_lost(node, self._loop.time()))
 
     # -- containers ------------------------------------------------------------------------------------------
 
@@ -185,7 +272,7 @@ class Relay:
             header = unpack(parts[0]) if parts else None
             if header is None:
                 self.core.dropped["empty"] += 1
-            elif header.type in (Type.OUTPUT, Type.DONE, Type.FAILED, Type.CANCELLED):
+            elif header.type in _OF_INVOCATIONS:
                 self._perform(self.core.from_container(peer, header, parts, self._loop.time()))
             else:
                 self._events.container(peer, header, parts)
@@ -198,33 +285,50 @@ class Relay:
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
-                self._outgoing.append(action)
-                self._settle_soon()
+                if action.to == "container":
+                    self._send_instance(action.peer, action.parts)
+                elif action.to == "node":
+                    self._neighbours.send(action.peer.decode(), action.parts)
+                else:
+                    self._send_gateway(action.peer, action.parts)
             elif isinstance(action, Kill):
                 self._events.kill(action.instance, action.reason)
             elif isinstance(action, Drain):
                 self._events.drain(action.instance, action.reason)
+            elif isinstance(action, Report):
+                self._events.migrated(action.migrated)
 
     def _send_gateway(self, peer: bytes, parts: Parts) -> None:
-        self._flush()
-        self._send_now(peer, parts)
-
-    def _send_now(self, peer: bytes, parts: Parts) -> None:
         try:
             self._gateways.send(peer, parts)
         except (PeerGone, PeerBusy):
-            if peer in self._liveness:
-                self._lost(peer)
+            self._gone(peer)
 
-    def _send_instance(self, action: Send) -> None:
+    def _gone(self, peer: bytes) -> None:
+        if peer in self._liveness:
+            self._lost(peer)
+
+    def _send_instance(self, peer: bytes, parts: Parts) -> None:
+        stream = self._containers.get(peer)
+        if stream is None:
+            return  # its death is on the way, and ends what it had
         try:
-            self._containers.send(action.peer, action.parts)
+            stream.send(parts)
         except PeerGone:
-            pass  # its death is on the way, and ends what it had
+            pass  # likewise
         except PeerBusy:
-            number = next((i.number for i in self.core.instances.values() if i.peer == action.peer), None)
-            if number is not None:
-                self._events.kill(number, "it does not read its messages")
+            self._kill(peer, "it does not read its messages")
+
+    def _unlinked(self, peer: bytes, error: BadStream | None) -> None:
+        if error is not None:
+            self.core.dropped[error.code] += 1
+        why = "it closed its link" if error is None else f"its link broke: {error.message}"
+        self._loop.call_later(UNLINKED, self._kill, peer, why)
+
+    def _kill(self, peer: bytes, reason: str) -> None:
+        for instance in self.core.instances.values():
+            if instance.peer == peer:
+                self._events.kill(instance.number, reason)
 
     def _settle_soon(self) -> None:
         if not self._settling:
@@ -234,16 +338,8 @@ class Relay:
     def _settle(self) -> None:
         self._settling = False
         self._perform(self.core.settle())
-        self._flush()
-
-    def _flush(self) -> None:
-        """What was decided in one wake-up goes out together: waking ZeroMQ's own thread costs more than a message."""
-        outgoing, self._outgoing = self._outgoing, []
-        for action in outgoing:
-            if action.to == "gateway":
-                self._send_now(action.peer, action.parts)
-            else:
-                self._send_instance(action)
+        if self._quiet is not None and self.core.quiet:
+            self._quiet.set()
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
@@ -252,6 +348,7 @@ class Relay:
             self._beat = now
             for peer in self._liveness.expire(now):
                 self._lost(peer)
+            self._neighbours.beat(now)
             beat = [Header(Type.HEARTBEAT).pack()]
             for peer in self._connected():
                 self._send_gateway(peer, beat)

@@ -17,94 +17,25 @@ is counted by reason and dropped.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections import Counter
+from typing import Literal
 
 from sllm_faas.dispatch.credits import CreditBook
 from sllm_faas.errors import WorkerLost, to_info
-from sllm_faas.spec import Target, Timeline
-from sllm_faas.wire.codec import encode
+from sllm_faas.spec import Timeline
+from sllm_faas.wire.codec import decode_body, encode
 from sllm_faas.wire.header import NO_LIMIT, SIZE, Header, Type
-from sllm_faas.wire.messages import Adopted, Failed, Grant, InstanceState, Refused
+from sllm_faas.wire.messages import Adopted, Failed, Grant, InstanceState, Migrate, Refused, ResumeState
+from sllm_invoker.arrivals import Arrivals
+from sllm_invoker.departures import Departures
+from sllm_invoker.flights import RESEND, Action, Drain, Flight, Instance, Kill, Parts, Report, Send, size
 
-Parts = list[bytes]
+__all__ = ["Action", "Drain", "Flight", "Instance", "Kill", "Parts", "RelayCore", "Report", "Send"]
 
 LINGER = 5.0
 """Seconds an ended stream stays readable: longer than it takes to notice that its gateway died."""
 WINDOW_BYTES = 4 * 1024 * 1024
 LINGER_BYTES = 64 * 1024 * 1024
-RESEND = 1.0
-
-
-class Send(NamedTuple):
-    """A message for a peer of one of the two sockets."""
-
-    to: Literal["gateway", "container"]
-    peer: bytes
-    parts: Parts
-
-
-class Kill(NamedTuple):
-    """The instance must be killed: code in it ignores its cancellation, or it does not read."""
-
-    instance: int
-    reason: str
-
-
-class Drain(NamedTuple):
-    """Nothing new for the instance; it is to be killed when what runs in it has ended."""
-
-    instance: int
-    reason: str
-
-
-Action = Send | Kill | Drain
-
-
-@dataclass(slots=True)
-class Flight:
-    id: bytes
-    fence: int
-    owner: bytes | None
-    where: Instance
-    first: bytes
-    """The first part of its INVOKE: header and body."""
-    began: float
-    overdue: float
-    """When the execution backstop passes."""
-    credit: int
-    next: int = 0
-    """Ordinal of the next output."""
-    base: int = 0
-    """Ordinal of the first output still in the window."""
-    window: deque[tuple[int, Parts]] = field(default_factory=deque)
-    bytes: int = 0
-    cancelled: float | None = None
-    resend: float = 0.0
-    until: float | None = None
-    """An orphan is cancelled, an ended flight forgotten, then."""
-    terminal: Parts | None = None
-
-
-@dataclass(slots=True)
-class Instance:
-    """What the relay needs of an instance. `peer` is the identity its container connects with."""
-
-    number: int
-    name: str
-    peer: bytes
-    target: Target
-    concurrency: int
-    execution: float | None
-    cancel_grace: float
-    state: InstanceState = "starting"
-    flights: set[bytes] = field(default_factory=set)
-    doomed: str = ""
-    killed: bool = False
-    timeline: Timeline | None = None
-    why: str = ""
 
 
 class RelayCore:
@@ -118,10 +49,14 @@ class RelayCore:
         self._window = stream_window
         self._grace = orphan_grace
         self.gateways: set[bytes] = set()
+        self._granted: dict[bytes, int] = {}
+        """By gateway the last grant, until it has acknowledged it."""
         self._cancelling: dict[bytes, Flight] = {}
         self._orphans: dict[bytes, Flight] = {}
         self._ended: dict[bytes, Flight] = {}
         self._ended_bytes = 0
+        self.departures = Departures(self.flights, self._cancel, self.dropped)
+        self.arrivals = Arrivals(self.instances, self.flights, self.credits, self.dropped)
 
     # -- instances -------------------------------------------------------------------------------------------
 
@@ -136,12 +71,14 @@ class RelayCore:
         instance.timeline = timeline
         self.credits.open(number, instance.concurrency)
 
-    def drain(self, number: int) -> None:
+    def drain(self, number: int, now: float) -> list[Action]:
         """Take nothing new; what runs goes on. Idempotent."""
         instance = self.instances.get(number)
         if instance is not None and instance.state in ("starting", "ready"):
             instance.state = "draining"
             self.credits.close(number)
+            return self.arrivals.drained(number, now)
+        return []
 
     def cancel_all(self, number: int, now: float) -> list[Action]:
         """Cancel everything that runs on an instance."""
@@ -159,14 +96,16 @@ class RelayCore:
         for key in list(instance.flights):
             flight = self.flights[key]
             if flight.cancelled is not None:
-                parts = [_header(Type.CANCELLED, flight).pack()]
+                parts = [flight.header(Type.CANCELLED).pack()]
             else:
                 error = to_info(WorkerLost(f"the container of {instance.target} ended{detail} during the invocation."))
-                parts = encode(_header(Type.FAILED, flight), Failed(error))
+                parts = encode(flight.header(Type.FAILED), Failed(error))
             actions += self._end(flight, parts, now)
+        actions += self.arrivals.gone(number)
         instance.state = state
         for gateway in self.gateways:
-            actions.append(Send("gateway", gateway, self._grant(instance, self.credits.ordinal(), 0)))
+            seq = self._granted[gateway] = self.credits.ordinal()
+            actions.append(Send("gateway", gateway, self._grant(instance, seq, 0)))
         del self.instances[number]
         self.credits.forget(number)
         return actions
@@ -184,7 +123,9 @@ class RelayCore:
         if gateway not in self.gateways:
             return []
         self.gateways.discard(gateway)
+        self._granted.pop(gateway, None)
         self.credits.disconnect(gateway)
+        actions = self.departures.gateway_lost(gateway, now)
         for flight in self.flights.values():
             if flight.owner == gateway:
                 self._orphan(flight, now)
@@ -192,13 +133,13 @@ class RelayCore:
             if flight.owner == gateway:
                 flight.owner = None
                 flight.until = now + self._grace
-        return []
+        return actions
 
     def gateway_left(self, gateway: bytes, now: float) -> list[Action]:
         """An orderly leave: nobody will ask for what it left running."""
         owned = [flight for flight in self.flights.values() if flight.owner == gateway]
-        self.gateway_lost(gateway, now)
-        return [action for flight in owned for action in self._cancel(flight, now)]
+        actions = self.gateway_lost(gateway, now)
+        return actions + [action for flight in owned for action in self._cancel(flight, now)]
 
     def from_gateway(self, gateway: bytes, header: Header, parts: Parts, now: float) -> list[Action]:
         kind = header.type
@@ -208,12 +149,16 @@ class RelayCore:
             return self._invoke(gateway, header, parts, now)
         if kind is Type.ADOPT:
             return self._adopt(gateway, header)
+        if kind is Type.ACTIVATE:
+            return self._activate(gateway, header, parts, now)
         flight = self.flights.get(header.id)
         if flight is None:
             if kind is Type.CANCEL:
                 return [Send("gateway", gateway, [Header(Type.CANCELLED, header.id, header.fence).pack()])]
-            return [] if kind is Type.CREDIT else self._drop("unexpected_type")
-        if flight.owner != gateway:
+            return [] if kind in (Type.CREDIT, Type.COMMITTED, Type.KEPT) else self._drop("unexpected_type")
+        if kind is Type.CANCEL and header.fence < flight.fence:  # that attempt is over here
+            return [Send("gateway", gateway, [Header(Type.CANCELLED, header.id, header.fence).pack()])]
+        if flight.owner != gateway and not (kind is Type.CANCEL and flight.owner is None):
             return self._drop("not_owner")
         if flight.fence != header.fence:
             return self._drop("stale_fence")
@@ -224,7 +169,19 @@ class RelayCore:
             return [Send("container", flight.where.peer, parts)]
         if kind is Type.CANCEL:
             return self._cancel(flight, now)
+        if kind is Type.COMMITTED or kind is Type.KEPT:
+            return self.departures.answered(flight, kind, now)
         return self._drop("unexpected_type")
+
+    def _activate(self, gateway: bytes, header: Header, parts: Parts, now: float) -> list[Action]:
+        known = self.flights.get(header.id)
+        if known is not None and known.fence == header.fence and known.owner == gateway:
+            return self._drop("repeated")
+        flight, actions = self.arrivals.activate(gateway, header, parts, now)
+        if flight is not None:
+            self._forget(flight.id)
+            self.flights[flight.id] = flight
+        return actions
 
     def _invoke(self, gateway: bytes, header: Header, parts: Parts, now: float) -> list[Action]:
         instance = self.instances.get(header.route)
@@ -238,13 +195,15 @@ class RelayCore:
                 return [self._refuse(gateway, header, "stale_fence")]
             # One id runs once per node: the superseded one has to end first.
             return [*self._cancel(known, now), self._refuse(gateway, header, "no_slot")]
+        if (displaced := self.arrivals.displace(header.id, now)) is not None:
+            return [*displaced, self._refuse(gateway, header, "no_slot")]
         if not self.credits.take(header.route, gateway):
             return [self._refuse(gateway, header, "no_slot")]
         limit = instance.execution
         overdue = float("inf") if limit is None else now + limit + instance.cancel_grace
         self._forget(header.id)
         self.flights[header.id] = Flight(
-            header.id, header.fence, gateway, instance, parts[0], now, overdue, header.credit
+            header.id, header.fence, gateway, instance, parts, now, overdue, header.credit, *(header.seq,) * 3
         )
         instance.flights.add(header.id)
         return [Send("container", instance.peer, parts)]
@@ -271,16 +230,18 @@ class RelayCore:
         flight.owner = gateway
         flight.until = None
         self._orphans.pop(flight.id, None)
-        found = Adopted("found", flight.first[SIZE:], flight.where.target, flight.where.name)
-        head = header._replace(fence=flight.fence, route=flight.where.number)
+        found = Adopted("found", flight.invoke[0][SIZE:], flight.where.target, flight.where.name)
+        # All of it, if it is still here: with that the adopter can resume it elsewhere, should this instance be lost.
+        first = flight.start if flight.base <= flight.start <= header.seq else header.seq
+        head = header._replace(fence=flight.fence, route=flight.where.number, seq=first)
         actions: list[Action] = [self._adopted(gateway, head, found)]
-        actions += [Send("gateway", gateway, parts) for end, parts in flight.window if end > header.seq]
+        actions += [Send("gateway", gateway, parts) for end, parts in flight.window if end > first]
         if flight.terminal is not None:
             actions.append(Send("gateway", gateway, flight.terminal))
             self._forget(flight.id)
         elif header.credit > flight.credit:
             flight.credit = header.credit
-            more = _header(Type.CREDIT, flight)._replace(credit=header.credit)
+            more = flight.header(Type.CREDIT)._replace(credit=header.credit)
             actions.append(Send("container", flight.where.peer, [more.pack()]))
         return actions
 
@@ -291,6 +252,9 @@ class RelayCore:
 
     def from_container(self, peer: bytes, header: Header, parts: Parts, now: float) -> list[Action]:
         flight = self.flights.get(header.id)
+        hold = self.arrivals.holds.get(header.id)
+        if hold is not None and hold.where.peer == peer:
+            return self.arrivals.from_container(hold, header, parts)
         if flight is None:
             return self._drop("unknown_invocation")
         if flight.where.peer != peer:
@@ -301,8 +265,35 @@ class RelayCore:
         if kind is Type.OUTPUT:
             return self._output(flight, header, parts)
         if kind is Type.DONE or kind is Type.FAILED or kind is Type.CANCELLED:
+            flight.where.answered |= kind is Type.DONE or flight.spoke
             return self._end(flight, parts, now)
+        if kind is Type.STATE:
+            body: ResumeState = decode_body(kind, parts[0])
+            return self.departures.told(flight, header, body, now)
         return self._drop("unexpected_type")
+
+    # -- other nodes -----------------------------------------------------------------------------------------
+
+    def migrate(self, order: Migrate, now: float) -> list[Action]:
+        """MIGRATE of the controller."""
+        instance = next((one for one in self.instances.values() if one.name == order.instance), None)
+        return self.departures.begin(order, instance, now)
+
+    def from_node(self, node: str, header: Header, now: float) -> list[Action]:
+        """What the node that something is moved to says of it."""
+        return self.departures.from_node(node, header, now)
+
+    def node_lost(self, node: str, now: float) -> list[Action]:
+        return self.departures.node_lost(node, now)
+
+    def from_source(self, source: bytes, header: Header, parts: Parts, now: float) -> list[Action]:
+        """A frame of an invoker that moves something here."""
+        return self.arrivals.from_source(source, header, parts, now)
+
+    def source_lost(self, source: bytes, now: float) -> None:
+        self.arrivals.source_lost(source, now)
+
+    # -- outputs and ends ------------------------------------------------------------------------------------
 
     def _output(self, flight: Flight, header: Header, parts: Parts) -> list[Action]:
         end = header.seq + header.items
@@ -313,10 +304,10 @@ class RelayCore:
         flight.next = end
         window = flight.window
         window.append((end, parts))
-        flight.bytes += _size(parts)
+        flight.bytes += size(parts)
         while window and (end - flight.base > self._window or flight.bytes > WINDOW_BYTES):
             flight.base, old = window.popleft()
-            flight.bytes -= _size(old)
+            flight.bytes -= size(old)
         return [Send("gateway", flight.owner, parts)] if flight.owner is not None else []
 
     def _end(self, flight: Flight, parts: Parts, now: float) -> list[Action]:
@@ -326,14 +317,14 @@ class RelayCore:
         self._cancelling.pop(flight.id, None)
         self._orphans.pop(flight.id, None)
         self.credits.give(flight.where.number, flight.owner)
-        actions: list[Action] = []
+        actions = self.departures.ended(flight, now)
         if flight.owner is not None:
             actions.append(Send("gateway", flight.owner, parts))
         if flight.owner is None or flight.credit != NO_LIMIT:
             flight.terminal = parts
             flight.until = now + (LINGER if flight.owner is not None else self._grace)
             self._ended[flight.id] = flight
-            self._ended_bytes += flight.bytes + _size(parts)
+            self._ended_bytes += flight.bytes + size(parts)
             while self._ended_bytes > LINGER_BYTES:
                 self._forget(next(iter(self._ended)))
         if instance.doomed:
@@ -343,7 +334,7 @@ class RelayCore:
     def _forget(self, key: bytes) -> None:
         flight = self._ended.pop(key, None)
         if flight is not None and flight.terminal is not None:
-            self._ended_bytes -= flight.bytes + _size(flight.terminal)
+            self._ended_bytes -= flight.bytes + size(flight.terminal)
 
     # -- cancellation and time -------------------------------------------------------------------------------
 
@@ -361,25 +352,26 @@ class RelayCore:
         return [self._send_cancel(flight)]
 
     def _send_cancel(self, flight: Flight) -> Send:
-        return Send("container", flight.where.peer, [_header(Type.CANCEL, flight).pack()])
+        return Send("container", flight.where.peer, [flight.header(Type.CANCEL).pack()])
 
     def _doom(self, instance: Instance, reason: str, now: float) -> list[Action]:
         """The container has to go, as soon as nothing runs there that may still go on."""
         first = not instance.doomed
+        actions: list[Action] = []
         if first:
             instance.doomed = reason
-            self.drain(instance.number)
+            actions = self.drain(instance.number, now)
         if not instance.killed and all(self._hopeless(self.flights[key], instance, now) for key in instance.flights):
             instance.killed = True
-            return [Kill(instance.number, instance.doomed)]
-        return [Drain(instance.number, instance.doomed)] if first else []
+            return [*actions, Kill(instance.number, instance.doomed)]
+        return [*actions, Drain(instance.number, instance.doomed)] if first else []
 
     def _hopeless(self, flight: Flight, instance: Instance, now: float) -> bool:
         return flight.cancelled is not None and now - flight.cancelled >= instance.cancel_grace
 
     def tick(self, now: float) -> list[Action]:
         """What time brings: repeated cancels, graces that passed, the execution backstop. Call a few times a second."""
-        actions: list[Action] = []
+        actions = [*self.departures.tick(now), *self.arrivals.tick(now)]
         for flight in [flight for flight in self._orphans.values() if flight.until is not None and flight.until <= now]:
             del self._orphans[flight.id]
             actions += self._cancel(flight, now)
@@ -400,13 +392,23 @@ class RelayCore:
     # -- grants ----------------------------------------------------------------------------------------------
 
     def want(self, gateway: bytes, header: Header, slots: int) -> None:
+        if header.seq >= self._granted.get(gateway, 0):
+            self._granted.pop(gateway, None)
         self.credits.want(header.route, gateway, header.seq, slots)
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing runs, and no gateway may still dispatch on a grant that it does not know to be lowered."""
+        return not self.flights and not self._granted
 
     def settle(self) -> list[Action]:
         """GRANTs that are due. Call once per wake-up, after everything that arrived was handled."""
-        return [
+        actions = self.arrivals.settle()
+        grants = self.credits.settle()
+        self._granted.update((grant.gateway, grant.seq) for grant in grants)
+        return actions + [
             Send("gateway", grant.gateway, self._grant(self.instances[grant.instance], grant.seq, grant.limit))
-            for grant in self.credits.settle()
+            for grant in grants
         ]
 
     def _grant(self, instance: Instance, seq: int, limit: int) -> Parts:
@@ -424,22 +426,21 @@ class RelayCore:
 
     def running(self, number: int) -> int:
         instance = self.instances.get(number)
-        return len(instance.flights) if instance else 0
+        return len(instance.flights) + self.arrivals.seated(number) if instance else 0
+
+    def served(self, number: int) -> bool:
+        """Whether the instance has answered anything yet, if only in part."""
+        instance = self.instances.get(number)
+        return instance is not None and (instance.answered or any(self.flights[key].spoke for key in instance.flights))
 
     def validate(self) -> None:
         """Raises AssertionError when slots and flights disagree."""
         self.credits.validate()
         for instance in self.instances.values():
-            assert self.credits.running(instance.number) == len(instance.flights), instance
+            assert self.credits.running(instance.number) == self.running(instance.number), instance
         assert set(self.flights) == {key for instance in self.instances.values() for key in instance.flights}
         assert all(flight.owner is None for flight in self._orphans.values())
         assert all(flight.owner is None or flight.owner in self.gateways for flight in self.flights.values())
+        assert not set(self.arrivals.holds) & set(self.flights)
+        self.departures.validate()
         assert set(self._cancelling) <= set(self.flights) and set(self._orphans) <= set(self.flights)
-
-
-def _header(kind: Type, flight: Flight) -> Header:
-    return Header(kind, flight.id, flight.fence, flight.where.number, flight.next)
-
-
-def _size(parts: Iterable[bytes]) -> int:
-    return sum(map(len, parts))

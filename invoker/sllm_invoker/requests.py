@@ -1,7 +1,9 @@
 """What gateways may ask of a node: its logs and its checkpoints.
 
     logs.read{app?, function?, instance?, invocation?, since?, lines?, follow}   {records} …, more=True but the last
-    checkpoint.list{}                          {checkpoints: [{digest, names, bytes, pinned, source}]}
+    node.leave{}                               {leaving: true}: an orderly stop, as by SIGTERM
+    checkpoint.list{}                          {checkpoints: [{digest, names, bytes, pinned, source, tier: disk | dram,
+                                                 leases, loaded: bytes in memory}]}
     checkpoint.verify|rm|pin|unpin{ref}        {digest}
 
 A follower ends when its gateway leaves or sends CANCEL with the request's id. Every request is answered, in a thread
@@ -11,6 +13,7 @@ where it reads files.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +21,14 @@ from typing import Any
 import msgspec
 
 from sllm_faas import logging
-from sllm_faas.errors import BadRequest, Conflict, NotFound, SllmError, to_info
+from sllm_faas.errors import BadRequest, Conflict, NotFound, SllmError, Unavailable, to_info
 from sllm_faas.wire.codec import pack
 from sllm_faas.wire.messages import Reply, Request
+from sllm_invoker.checkpoints.channel import Resident
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.ingests import listing
 from sllm_invoker.logs import BATCH, Filter, LogBook, Record
+from sllm_invoker.memory_tier import MemoryTier
 from sllm_invoker.relay import Answer
 
 MAX_FOLLOWERS = 256
@@ -35,9 +40,18 @@ class OfCheckpoint:
 
 
 class Requests:
-    def __init__(self, book: LogBook, store: CheckpointStore, in_use: Callable[[], set[str]]) -> None:
+    def __init__(
+        self,
+        book: LogBook,
+        store: CheckpointStore,
+        tier: MemoryTier,
+        in_use: Callable[[], set[str]],
+        leave: Callable[[], None],
+    ) -> None:
+        self._leave = leave
         self._book = book
         self._store = store
+        self._tier = tier
         self._in_use = in_use
         self._followers: dict[bytes, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,8 +73,16 @@ class Requests:
         try:
             if request.op == "logs.read":
                 await self._logs(identity, _body(Filter, request), answer)
+            elif request.op == "node.leave":
+                answer(Reply(pack({"leaving": True})))
+                self._leave()
+            elif request.op == "checkpoint.list":
+                answer(Reply(pack({"checkpoints": await self._listing()})))
             else:
-                answer(Reply(pack(await asyncio.to_thread(self._checkpoint, request))))
+                done = await asyncio.to_thread(self._checkpoint, request)
+                if request.op == "checkpoint.rm":
+                    self._tier.forget(done["digest"])
+                answer(Reply(pack(done)))
         except SllmError as error:
             self._refuse(answer, error)
         except Exception as error:
@@ -73,6 +95,19 @@ class Requests:
         except SllmError:
             pass  # whoever asked is gone
 
+    async def _listing(self) -> list[dict[str, Any]]:
+        """What is on disk, and how much of it in memory. Without the store's process nothing is known of memory."""
+        found = await asyncio.to_thread(listing, self._store)
+        residents: dict[str, Resident] = {}
+        with contextlib.suppress(Unavailable):
+            residents = {each.digest: each for each in (await self._tier.look()).residents if each.state != "retiring"}
+        for item in found:
+            resident = residents.get(item["digest"])
+            item["tier"] = "dram" if resident is not None and resident.state == "full" else "disk"
+            item["leases"] = resident.leases if resident is not None else 0
+            item["loaded"] = resident.watermark if resident is not None else 0
+        return found
+
     def _checkpoint(self, request: Request) -> dict[str, Any]:
         verbs: dict[str, Callable[[str], object]] = {
             "checkpoint.verify": self._store.verify,
@@ -80,11 +115,11 @@ class Requests:
             "checkpoint.pin": self._store.pin,
             "checkpoint.unpin": self._store.unpin,
         }
-        if request.op == "checkpoint.list":
-            return {"checkpoints": listing(self._store)}
         verb = verbs.get(request.op)
         if verb is None:
-            raise NotFound(f"a node has no operation {request.op[:64]!r}; it has logs.read, {', '.join(verbs)}.")
+            raise NotFound(
+                f"a node has no operation {request.op[:64]!r}; it has logs.read, node.leave, {', '.join(verbs)}."
+            )
         digest = self._store.resolve(_body(OfCheckpoint, request).ref)
         verb(digest)
         return {"digest": digest}

@@ -20,7 +20,7 @@ from typing import Any
 from sllm._app import App, FunctionDecorator, Llm
 from sllm._cls import Cls, Parameters, method
 from sllm._code import batched, concurrent, enter, exit, parameter
-from sllm._context import Cancelled, Invocation, current_invocation
+from sllm._context import Cancelled, Invocation, current_invocation, resumed
 from sllm._function import AnyFunction, Function, StreamFunction
 from sllm._options import Checkpoint, Retries, Secret
 from sllm_faas import errors
@@ -52,6 +52,7 @@ __all__ = [
     "exit",
     "method",
     "parameter",
+    "resumed",
 ]
 
 

@@ -18,7 +18,7 @@ from sllm._code import (
     place,
 )
 from sllm._function import Address, Function, StreamFunction, make
-from sllm._options import FunctionOptions, LlmOptions, as_bad_spec, as_checkpoint, number, spec_fields
+from sllm._options import ClsOptions, FunctionOptions, LlmOptions, as_bad_spec, as_checkpoint, number, spec_fields
 from sllm_faas.errors import BadSpec
 from sllm_faas.modules import public_name
 from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, RetryPolicy, check_app_name
@@ -108,7 +108,7 @@ class App:
     @overload
     def cls(self, raw: type[T], /) -> type[T]: ...
     @overload
-    def cls(self, /, **options: Unpack[FunctionOptions]) -> Callable[[type[T]], type[T]]: ...
+    def cls(self, /, **options: Unpack[ClsOptions]) -> Callable[[type[T]], type[T]]: ...
     @dataclass_transform(kw_only_default=True, field_specifiers=(parameter,))
     def cls(self, raw: Any = None, /, **options: Any) -> Any:
         """Register a class whose `@sllm.method`s are called on one long-lived object per instance."""
@@ -142,7 +142,7 @@ class App:
     def _function(self, fn: Any, options: dict[str, Any]) -> Any:
         check_not_wrapped(fn, "function")
         what = f"function {getattr(fn, '__name__', fn)!r}"
-        code = Code.of(fn, what)
+        code = Code.of(fn, what, resumable=options.get("resumable", False))
         if hasattr(fn, HOOK):
             raise BadSpec(f"{what} is marked @sllm.{getattr(fn, HOOK)}; allowed only on methods of an @app.cls class.")
         module, qualname = place(fn, what)
@@ -171,7 +171,7 @@ class App:
         what = f"class {raw.__name__!r}"
         module, qualname = place(raw, what)
         name = check_name(options.get("name", raw.__name__), what)
-        fields = spec_fields(what, options, FunctionOptions)
+        fields = spec_fields(what, options, ClsOptions)
         handle = Cls(self.name, raw, fields.get("retries", RetryPolicy()), name)
         batch = max((m.code.batching.max_batch_size for m in handle.methods.values() if m.code.batching), default=1)
         with as_bad_spec(f"{what}: "):

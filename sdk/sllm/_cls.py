@@ -53,7 +53,10 @@ class Method:
 
 
 class MethodDecorator:
-    """`sllm.method`, bare or with empty parentheses. What the code returns decides which calls are allowed."""
+    """`sllm.method`, bare or with options. What the code returns decides which calls are allowed."""
+
+    def __init__(self, *, resumable: bool = False) -> None:
+        self._resumable = resumable
 
     # The overlap that the ignores accept: what returns an iterator or a coroutine also "returns something".
     @overload
@@ -69,13 +72,16 @@ class MethodDecorator:
     @overload
     def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Function[P, R, R]: ...
     @overload
-    def __call__(self, /) -> MethodDecorator: ...
-    def __call__(self, fn: Any = None, /) -> Any:
-        """A method that can be called remotely. Inside the class another one is called `self.other.local(…)`."""
+    def __call__(self, /, *, resumable: bool = False) -> MethodDecorator: ...
+    def __call__(self, fn: Any = None, /, *, resumable: bool = False) -> Any:
+        """A method that can be called remotely. Inside the class another one is called `self.other.local(…)`.
+
+        `resumable`: a generator that goes on elsewhere from `sllm.resumed()` when its instance is lost."""
         if fn is None:
-            return self
+            return MethodDecorator(resumable=resumable)
         check_not_wrapped(fn, "method")
-        return Method(Code.of(fn, f"the argument of @sllm.method ({getattr(fn, '__name__', fn)})"))
+        what = f"the argument of @sllm.method ({getattr(fn, '__name__', fn)})"
+        return Method(Code.of(fn, what, resumable=self._resumable))
 
 
 method = MethodDecorator()

@@ -27,6 +27,7 @@ Coro = Coroutine[Any, Any, R]
 CONCURRENT = "__sllm_concurrent__"
 BATCHED = "__sllm_batched__"
 HOOK = "__sllm_hook__"
+_NOT_RESUMABLE = "What returns one value is tried again with retries=…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,10 @@ class Code:
     stream: bool
     is_async: bool
     batching: Batching | None = None
+    resumable: bool = False
 
     @classmethod
-    def of(cls, raw: object, what: str) -> Code:
+    def of(cls, raw: object, what: str, *, resumable: bool = False) -> Code:
         """Raises BadSpec when `raw` is not a function the platform can find again in its module."""
         if not inspect.isfunction(raw):
             refuse_object(raw, what)
@@ -51,7 +53,12 @@ class Code:
             stream=async_stream or inspect.isgeneratorfunction(raw),
             is_async=async_stream or inspect.iscoroutinefunction(raw),
             batching=getattr(raw, BATCHED, None),
+            resumable=resumable,
         )
+        if not isinstance(resumable, bool):
+            raise BadSpec(f"{what} has resumable={resumable!r}; allowed: True or False.")
+        if resumable and not code.stream:
+            raise BadSpec(f"{what} is resumable but no generator; allowed: only generators.", hint=_NOT_RESUMABLE)
         if code.stream and code.batching:
             raise BadSpec(f"{what} is a generator and batched; allowed: one of the two.")
         return code
@@ -62,7 +69,7 @@ class Code:
 
     def spec(self, name: str) -> MethodSpec:
         with as_bad_spec():
-            return MethodSpec(name, self.stream, self.is_async, self.batching)
+            return MethodSpec(name, self.stream, self.is_async, self.batching, self.resumable)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The code, here and now, with the semantics of a remote call: a batched function gets a batch of one."""

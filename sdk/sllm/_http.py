@@ -2,7 +2,8 @@
 
 A call is `POST /v1/functions/{app}/{function}[.method]` with a MessagePack body. A stream answers with records,
 `[u32 length][MessagePack map]`: output (with its ordinal), ping, then exactly one of done and error; a stream that
-ends otherwise was cut, and is an error. Leaving a stream early closes its connection, which cancels it.
+ends otherwise was cut: its gateway may be lost, and another one is asked for the rest of it with Last-Event-ID. Leaving
+a stream early closes its connection, which cancels it.
 
 Foreign exceptions are mapped here, once: what the network did is `Unavailable` with param "server", what the
 function raised is its own type (see `wire.exceptions`), everything else the error of our tree that its code names.
@@ -10,11 +11,13 @@ function raised is its own type (see `wire.exceptions`), everything else the err
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
@@ -23,7 +26,7 @@ import msgpack
 
 from sllm._backend import Call
 from sllm._profile import Profile
-from sllm_faas.errors import ErrorInfo, PlatformError, TooLarge, Unavailable, WireError
+from sllm_faas.errors import Conflict, ErrorInfo, PlatformError, SllmError, TooLarge, Unavailable, WireError
 from sllm_faas.spec import MAX_PAYLOAD
 from sllm_faas.wire.exceptions import info_to_exception
 
@@ -35,6 +38,11 @@ CONNECT = 10.0
 SILENCE = 60.0
 """Seconds without a byte after which a stream's connection is given up: the server pings every 15."""
 
+REATTACH = 10.0
+"""Seconds for which a stream that broke is asked for again: as long as invokers keep what a lost gateway left."""
+AGAIN = 0.25
+_STREAM_TIMEOUT = httpx.Timeout(None, connect=CONNECT, read=SILENCE)
+
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -44,10 +52,34 @@ _KEEPALIVE = [
 """A call may rightly take hours in silence; the kernel notices when the server's machine is gone."""
 
 
-class HttpBackend:
-    """`transport` replaces the network in tests."""
+_NOT_YET = (Conflict, Unavailable)
+"""Answers of a gateway that does not have the stream yet: its invoker thinks that the lost one lives."""
 
-    def __init__(self, profile: Profile, transport: httpx.AsyncBaseTransport | None = None) -> None:
+
+async def _pause(seconds: float) -> None:
+    import asyncio
+
+    await asyncio.sleep(seconds)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """How far a stream was read. `invocation` is empty until its gateway has said which it is."""
+
+    invocation: str = ""
+    wanted: int = 0
+
+
+class HttpBackend:
+    """`transport` replaces the network in tests, `sleep` the pauses between attempts."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = _pause,
+    ) -> None:
+        self._sleep = sleep
         self.server = profile.server
         headers = {"Authorization": f"Bearer {profile.token}"} if profile.token else {}
         secure = profile.server.startswith("https:")  # else no certificates are loaded, which takes 20 ms
@@ -69,30 +101,72 @@ class HttpBackend:
         return answer.content
 
     async def stream(self, call: Call) -> AsyncGenerator[bytes, None]:
-        with self._reached():
-            async with self._http.stream(
-                "POST",
-                _path(call),
-                content=call.payload,
-                params=_query(call),
-                headers=_headers(call, RECORDS),
-                timeout=httpx.Timeout(None, connect=CONNECT, read=SILENCE),
-            ) as answer:
-                if not answer.is_success:
-                    raise error_of(answer.status_code, answer.headers, await answer.aread())
-                wanted = 0
-                async for record in _records(answer.aiter_raw()):
-                    kind = record.get("t")
-                    if kind == "output":
-                        if record.get("seq") != wanted:
-                            raise WireError(f"the stream jumped to output {record.get('seq')}, after {wanted - 1}.")
-                        wanted += 1
-                        yield record["data"]
-                    elif kind == "done":
-                        return
-                    elif kind == "error":
-                        raise info_to_exception(_info(record.get("error")))
-                raise Unavailable(f"{self.server} closed the stream before its end.", param="server")
+        """Each output once. When the connection breaks after the invocation's id is known, its gateway may be lost
+        and another one have the stream: it is asked for what is missing, for `REATTACH` seconds."""
+        reading = _Reading()
+        request = self._http.build_request(
+            "POST",
+            _path(call),
+            content=call.payload,
+            params=_query(call),
+            headers=_headers(call, RECORDS),
+            timeout=_STREAM_TIMEOUT,
+        )
+        broken: Exception | None = None
+        deadline = 0.0
+        while True:
+            try:
+                with self._reached():
+                    async with contextlib.aclosing(self._read(request, reading)) as outputs:
+                        async for output in outputs:
+                            deadline = 0.0
+                            yield output
+                return
+            except Unavailable as error:
+                if not reading.invocation:
+                    raise
+                broken = broken or error
+            except SllmError as error:
+                if broken is None:
+                    raise
+                if not isinstance(error, _NOT_YET):
+                    raise broken from error
+            deadline = deadline or time.monotonic() + REATTACH
+            if time.monotonic() >= deadline:
+                assert broken is not None
+                raise broken
+            await self._sleep(AGAIN)
+            request = self._again(reading)
+
+    async def _read(self, request: httpx.Request, reading: _Reading) -> AsyncGenerator[bytes, None]:
+        """The outputs of one connection, from the one that `reading` wants next."""
+        answer = await self._http.send(request, stream=True)
+        try:
+            if not answer.is_success:
+                raise error_of(answer.status_code, answer.headers, await answer.aread())
+            reading.invocation = answer.headers.get("x-invocation-id", "")
+            async for record in _records(answer.aiter_raw()):
+                kind = record.get("t")
+                if kind == "output":
+                    if record.get("seq") != reading.wanted:
+                        raise WireError(f"the stream jumped to output {record.get('seq')}, after {reading.wanted - 1}.")
+                    reading.wanted += 1
+                    yield record["data"]
+                elif kind == "done":
+                    return
+                elif kind == "error":
+                    raise info_to_exception(_info(record.get("error")))
+            raise Unavailable(f"{self.server} closed the stream before its end.", param="server")
+        finally:
+            await answer.aclose()
+
+    def _again(self, reading: _Reading) -> httpx.Request:
+        """The request for what is missing of a stream that broke."""
+        headers = {"Accept": RECORDS}
+        if reading.wanted:
+            headers["Last-Event-ID"] = str(reading.wanted - 1)
+        path = f"/v1/invocations/{reading.invocation}/events"
+        return self._http.build_request("GET", path, headers=headers, timeout=_STREAM_TIMEOUT)
 
     async def close(self) -> None:
         await self._http.aclose()

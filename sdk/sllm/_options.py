@@ -1,7 +1,7 @@
 """Options of functions: what a user may write, checked where it is written.
 
-`FunctionOptions` and `LlmOptions` list what `@app.function`, `@app.cls` and `app.llm` take. Every mistake is a
-`BadSpec` at decoration time that names the option, the value and what is allowed.
+`FunctionOptions`, `ClsOptions` and `LlmOptions` list what `@app.function`, `@app.cls` and `app.llm` take. Every
+mistake is a `BadSpec` at decoration time that names the option, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sllm_faas.errors import BadSpec
-from sllm_faas.spec import CheckpointSpec, RetryPolicy, Scaling, Timeouts
+from sllm_faas.spec import AdapterSpec, CheckpointSpec, RetryPolicy, Scaling, Timeouts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,12 +50,19 @@ class _CommonOptions(TypedDict, total=False):
     cancel_grace: float
 
 
-class FunctionOptions(_CommonOptions, total=False):
-    """Keyword options of `@app.function` and `@app.cls`. Durations are in seconds."""
+class ClsOptions(_CommonOptions, total=False):
+    """Keyword options of `@app.cls`. Durations are in seconds."""
 
     name: str
     """Public name; default: the Python name."""
     checkpoint: str | Path | CheckpointSpec
+
+
+class FunctionOptions(ClsOptions, total=False):
+    """Keyword options of `@app.function`."""
+
+    resumable: bool
+    """A generator that goes on elsewhere from `sllm.resumed()` when its instance is lost."""
 
 
 class LlmOptions(_CommonOptions, total=False):
@@ -63,6 +70,8 @@ class LlmOptions(_CommonOptions, total=False):
 
     concurrency: int
     """Requests one instance works on at once."""
+    adapters: Mapping[str, str | Path | CheckpointSpec]
+    """LoRA adapters of the checkpoint by name, each served as the model `function:name`."""
 
 
 _NUMBERS: dict[str, type] = {
@@ -180,4 +189,10 @@ def spec_fields(what: str, options: Mapping[str, Any], known: type) -> dict[str,
         fields["secrets"] = _as_secrets(options["secrets"])
     if "checkpoint" in options:
         fields["checkpoint"] = as_checkpoint(options["checkpoint"])
+    if "adapters" in options:
+        if not isinstance(options["adapters"], Mapping):
+            raise BadSpec(f"adapters is {options['adapters']!r}; allowed: a dict of names and checkpoints.")
+        with as_bad_spec(f"{what}: "):
+            found = options["adapters"].items()
+            fields["adapters"] = tuple(AdapterSpec(name, as_checkpoint(value)) for name, value in found)
     return fields

@@ -43,10 +43,12 @@ def follow(api: Api, url: str, body: Any, quiet: bool) -> dict[str, Any]:
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
+@click.option("--base", default="", help="For a LoRA adapter: name or digest of the checkpoint that it adapts.")
 @client_command(reads=True)
-def pull(session: Session, source: str, name: str, revision: str, dtype: str) -> None:
-    """Get SOURCE (a Hugging Face repository, or a directory of the server's machine) onto the platform's disk."""
-    body = {"source": source, "revision": revision, "dtype": dtype, "name": name}
+def pull(session: Session, source: str, name: str, revision: str, dtype: str, base: str) -> None:
+    """Get SOURCE onto the platform's disk: a Hugging Face repository, a folder behind https:// or s3://, or a directory
+    of the server's machine."""
+    body = {"source": source, "revision": revision, "dtype": dtype, "name": name, "base": base}
     with session.api() as api:
         done = follow(api, path("checkpoints"), body, session.json)
     if session.json:
@@ -65,12 +67,14 @@ def list_(session: Session) -> None:
         output.emit_json(found)
         return
     output.table(
-        ["digest", "names", "size", "pinned", "node", "source"],
+        ["digest", "names", "size", "tier", "leases", "pinned", "node", "source"],
         [
             (
                 item["digest"][:12],
                 item.get("names", ()),
                 output.size(item["bytes"]),
+                _tier(item),
+                item.get("leases", 0),
                 item.get("pinned", False),
                 item.get("node"),
                 item.get("source"),
@@ -79,6 +83,13 @@ def list_(session: Session) -> None:
         ],
         "There are no checkpoints; `sllm checkpoint pull` gets one.",
     )
+
+
+def _tier(item: dict[str, Any]) -> str:
+    """Where it is; how much is in memory while it is being read."""
+    loaded = item.get("loaded", 0)
+    reading = item.get("tier") == "disk" and loaded
+    return f"disk, {output.size(loaded)} read" if reading else str(item.get("tier", "disk"))
 
 
 @checkpoint.command()

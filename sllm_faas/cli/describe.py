@@ -11,7 +11,7 @@ from sllm_faas.cli import output
 from sllm_faas.cli.api import Api, path
 from sllm_faas.cli.apps import get_app
 from sllm_faas.cli.common import Session, client_command, suggest
-from sllm_faas.errors import NotFound
+from sllm_faas.errors import NotFound, SllmError
 
 KINDS = ("app", "function", "invocation", "node")
 _BAR = 32
@@ -66,10 +66,22 @@ def _node(api: Api, name: str) -> Any:
         raise suggest(error, name, lambda: [item["name"] for item in api.get(path("nodes"))["nodes"]]) from None
 
 
+def _invocation(api: Api, name: str) -> Any:
+    """The gateway's record, and what the controller knows of its moves and of the choice of its node."""
+    record = api.get(path("invocations", name))
+    try:
+        function = api.get(path("functions", record["app"], record["function"]))
+    except SllmError:
+        function = {"moves": [], "starts": []}  # deleted since, or another app's
+    moves = [item for item in function["moves"] if item["invocation"] == record["invocation"]]
+    starts = [item for item in function["starts"] if item["instance"] == record["instance"]]
+    return {**record, "moves": moves, "starts": starts}
+
+
 _GET: dict[str, Callable[[Api, str], Any]] = {
     "app": get_app,
     "function": _function,
-    "invocation": lambda api, name: api.get(path("invocations", name)),
+    "invocation": _invocation,
     "node": _node,
 }
 
@@ -132,6 +144,9 @@ def _show_function(function: dict[str, Any]) -> None:
         for item in target["instances"]:
             click.echo(f"\n{item['instance']} on {item['node']}: {item['state']} — {item['why']}")
             _timeline(item["timeline"]["spans"])
+        if target["placement"]:
+            click.echo(f"\nLast choice of a node: {target['placement']}")
+    _moves(function)
     _starts(function["starts"])
 
 
@@ -162,6 +177,7 @@ def _show_node(node: dict[str, Any]) -> None:
         ],
         "No instance runs there.",
     )
+    _moves(node)
     _starts(node["starts"])
 
 
@@ -187,6 +203,41 @@ def _show_invocation(record: dict[str, Any]) -> None:
         click.echo(f"\n{output.style('Failed:', fg='red')} {error['message']} {error['hint']}".rstrip())
     click.echo()
     _timeline(record["timeline"])
+    _moves({"moving": [], **record})
+    _starts(record["starts"])
+
+
+def _moves(found: dict[str, Any]) -> None:
+    """Those that go on, then those that were made."""
+    for item in found["moving"]:
+        to = f"{item['instance']} on {item['to']}" if item["instance"] else item["to"] or "nowhere yet"
+        click.echo(
+            f"\nMoving {item['source']} on {item['from']} to {to}: {item['state']} for {output.duration(item['age'])}, "
+            f"estimated at {output.duration(item['predicted'])} — {item['reason']}"
+        )
+    if not found["moves"]:
+        return
+    click.echo()
+    output.table(
+        ["move of", "from", "to", "outcome", "predicted", "took", "paused", "rounds", "tokens", "ended", "why"],
+        [
+            (
+                item["invocation"],
+                item["from"],
+                item["to"],
+                item["outcome"],
+                output.duration(item["predicted"]),
+                output.duration(item["seconds"]),
+                output.duration(item["paused"]),
+                item["rounds"],
+                item["tokens"],
+                f"{output.duration(item['ended'])} ago",
+                item["why"] or item["reason"],
+            )
+            for item in found["moves"]
+        ],
+        "",
+    )
 
 
 def _starts(starts: list[dict[str, Any]]) -> None:

@@ -42,12 +42,52 @@ def _show(server: str, found: dict[str, Any]) -> None:
             ("gateways", counts["gateways"]),
             ("nodes", f"{counts['nodes']}" + (f", {counts['nodes_lost']} lost" if counts["nodes_lost"] else "")),
             ("instances", ", ".join(f"{count} {state}" for state, count in instances.items() if count) or "none"),
-            ("invocations", f"{counts['running']} running, {counts['waiting']} waiting"),
+            (
+                "invocations",
+                f"{counts['running']} running, {counts['waiting']} waiting"
+                + (f", {found['moving']} instances being moved" if found["moving"] else ""),
+            ),
         ]
     )
     storage = found.get("storage", {})
     if not storage.get("ok", True):
         click.echo(output.style(f"The store does not take writes: {storage.get('error')}", fg="red"))
+    click.echo()
+    output.table(
+        ["node", "state", "running", "instances", "memory used", "memory", "gpus", "on disk", "in memory"],
+        [
+            (
+                node["name"],
+                "draining" if node["draining"] else "cordoned" if node["cordoned"] else node["state"],
+                node["running"],
+                node["instances"],
+                output.size(node["memory_used_mb"] << 20),
+                output.size(node["memory_mb"] << 20),
+                node["gpus"],
+                len(node["checkpoints"]),
+                len(node["resident"]),
+            )
+            for node in found["nodes"]
+        ],
+        "There are no nodes.",
+    )
+    if found["queues"]:
+        click.echo()
+        output.table(
+            ["target", "waiting", "running", "wanted", "instances", "waits for"],
+            [
+                (
+                    line["target"],
+                    line["waiting"],
+                    line["running"],
+                    line["desired"],
+                    ", ".join(f"{count} {state}" for state, count in line["instances"].items() if count),
+                    line["blocked"],
+                )
+                for line in found["queues"]
+            ],
+            "",
+        )
     click.echo()
     output.table(
         ["app", "version", "functions", "instances", "deployed"],

@@ -291,6 +291,10 @@ class Supervisor:
         if self._stop.is_set() or not self._up:
             log.info("ended", name=child.part.name, code=code)
             return
+        if code == 0 and child.ready.result():  # it was asked to leave
+            log.info("left", name=child.part.name)
+            self._start_again(child.part)
+            return
         log.error("died", name=child.part.name, code=code, text=_death(code))
         self._restart(child.part)
 

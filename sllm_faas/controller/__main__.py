@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ from sllm_faas import logging
 from sllm_faas.config import Config
 from sllm_faas.errors import SllmError
 from sllm_faas.stopping import stop_requested
+
+
+def spare_the_collector() -> None:
+    """Collect garbage seldom: there are no cycles but in errors, and a pass over a few new records touches all of the
+    state. Measured at 1,000 nodes: half a millisecond every 20th decision by default."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 async def _serve(config: Config, name: str) -> None:
@@ -26,6 +34,7 @@ async def _serve(config: Config, name: str) -> None:
     controller = Controller(config, name)
     stopping = stop_requested()
     await controller.start()
+    spare_the_collector()
     logging.get("controller").ready(endpoints=controller.endpoints)
     await stopping.wait()
     await controller.stop()

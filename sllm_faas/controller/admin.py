@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sllm_faas.controller import events as ev
 from sllm_faas.controller import rpc
 from sllm_faas.controller.access import Access, check_name
+from sllm_faas.controller.commands import MoveEnded
 from sllm_faas.controller.peers import Peer
 from sllm_faas.controller.views import Shape, Views
 from sllm_faas.errors import (
@@ -70,6 +71,7 @@ class Admin:
     _deploys: dict[tuple[str, int], Waiter] = field(default_factory=dict)
     _pulls: dict[str, Waiter] = field(default_factory=dict)
     _questions: dict[bytes, Question] = field(default_factory=dict)
+    _moves: dict[str, asyncio.Future[MoveEnded]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.access = Access(self.controller)
@@ -286,7 +288,7 @@ class Admin:
         self._pulls[request] = waiter
         try:
             tell(rpc.Stage("pull", text=f"pulling {checkpoint.source} on {peer.name}"))
-            peer.send(codec.encode(Header(Type.INGEST), Ingest(request, checkpoint, body.name)))
+            peer.send(codec.encode(Header(Type.INGEST), Ingest(request, checkpoint, body.name, body.base)))
             done = await waiter.end
         finally:
             del self._pulls[request]
@@ -317,6 +319,46 @@ class Admin:
 
     async def _op_invocation_cancel(self, body: rpc.OfInvocation) -> Shape:
         return await self._ask_owner("invocation.cancel", body.id)
+
+    async def _op_invocation_migrate(self, body: rpc.MigrateInvocation) -> Shape:
+        node = self.views.find_node(body.node).name
+        record = (await self._ask_owner("invocation.get", body.id))["invocation"]
+        if record is None:
+            raise NotFound(f"there is no invocation {body.id}", hint="Gateways keep the last ones only.", param="id")
+        instance, state = str(record.get("instance") or ""), record.get("state")
+        if not record.get("node") or state not in ("dispatched", "streaming"):
+            raise Conflict(f"{body.id} does not run now: it is {state}", param="id")
+        machine = self.controller.machine
+        if refusal := machine.scaler.migrations.refusal(instance, node):
+            raise Conflict(f"{body.id} cannot move to {node}: {refusal}", param="node")
+        request = f"move-{secrets.token_hex(8)}"
+        end = self._moves[request] = asyncio.get_running_loop().create_future()
+        try:
+            if not self.controller.feed(ev.MigrationAsked(instance, node, (body.id.removeprefix("inv-"),), request)):
+                raise Conflict(f"{body.id} cannot move to {node} now", hint="Try again.")
+            move = await end
+        finally:
+            del self._moves[request]
+        result = move.result
+        if result is None or result.outcome == "kept":
+            raise Conflict(f"{body.id} stays where it is: {move.why or 'no reason was given'}", hint="Try again later.")
+        return {
+            "invocation": body.id,
+            "outcome": result.outcome,
+            "from": record["node"],
+            "to": move.node,
+            "instance": move.to,
+            "predicted": move.predicted,
+            "seconds": result.total,
+            "paused": result.paused,
+            "rounds": result.rounds,
+            "tokens": result.tokens,
+        }
+
+    def move_ended(self, move: MoveEnded) -> None:
+        waiter = self._moves.get(move.request)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(move)
 
     async def _ask_owner(self, op: str, invocation: str) -> Shape:
         """The answer of the gateway that knows the invocation."""

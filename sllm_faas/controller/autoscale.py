@@ -2,13 +2,15 @@
 
     desired   what the demand of this moment asks for
     held      the most that was asked for within a window, so a dip does not stop what is needed again soon
+    spare     what stays beyond that while there is load, because arrivals vary by chance
 
-An instance stays while `held(scaledown_window)` asks for it, and for `scaledown_window` after it became ready. A
-start is cancelled when `held(START_HOLD)` does not ask for it any more: nobody waits, it would serve no one.
+An instance stays while `held(scaledown_window)` and `spare` ask for it, and for `scaledown_window` after it became
+ready. A start is cancelled when `held(START_HOLD)` does not ask for it any more: nobody waits, it would serve no one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from sllm_faas.spec import Scaling
@@ -17,9 +19,14 @@ START_HOLD = 1.0
 """Seconds for which a start survives the demand that asked for it. Keeps a demand that flickers from making starts
 that never finish; short, because a start that serves nobody holds memory and bandwidth others wait for."""
 
+FEW = 4
+"""Below so many instances none is spare: they are dear, and a start each is soon made."""
+
 BACKOFF_LIMIT = 60.0
 CRASH_WINDOW = 10.0
-"""An instance that fails within this many seconds of ready counts as a crash: the next start waits."""
+"""An instance that fails within this many seconds of ready and has answered nothing crashes: the next start waits."""
+CRASH_LIMIT = 4.0
+"""The longest such wait. The version can start, so calls for it wait, where those for one that cannot are refused."""
 
 Peak = tuple[float, int]
 """(until, desired): this many were asked for until that time."""
@@ -45,3 +52,10 @@ def note_peak(peaks: Sequence[Peak], now: float, before: int, window: float) -> 
 def held(peaks: Iterable[Peak], now: float, current: int, window: float) -> int:
     """The highest desired number within the last `window` seconds, the current one included."""
     return max([current, *(value for until, value in peaks if until + window > now)])
+
+
+def spare(count: int, least: int) -> int:
+    """How many to keep beyond the `count` that was held, of a function whose least number is `least`: the square root,
+    by which random load of that size varies (the square-root staffing rule). Without it a slow decline stops and starts
+    instances by turns."""
+    return math.isqrt(count) if count >= FEW and count > least else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.wire.messages import Check, FunctionRoute, NodeInfo, Start, Stop, TargetFailed
+from sllm_faas.wire.messages import Check, FunctionRoute, Migrate, MoveResult, NodeInfo, Start, Stop, TargetFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,26 @@ class StartEnded:
     actual: float
 
 
+@dataclass(frozen=True, slots=True)
+class SendMigrate:
+    node: str
+    body: Migrate
+
+
+@dataclass(frozen=True, slots=True)
+class MoveEnded:
+    """How the move of an invocation ended, whoever wanted it. `request`: of the MigrationAsked that did, if one did;
+    `result` is None when it never began, and `why` says why."""
+
+    request: str
+    source: str
+    to: str = ""
+    node: str = ""
+    result: MoveResult | None = None
+    predicted: float = 0.0
+    why: str = ""
+
+
 Command = (
     SendStart
     | SendStop
@@ -121,4 +141,6 @@ Command = (
     | DeployEnded
     | ForgetVersions
     | StartEnded
+    | SendMigrate
+    | MoveEnded
 )

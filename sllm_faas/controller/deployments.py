@@ -105,6 +105,7 @@ class Deployments:
         if active is not None and active.spec == version.spec and active.digests == version.digests:
             self._move_version(version, "unchanged")
             del app.versions[version.number]
+            self.ledger.forget_specs()
             app.pending = 0
             self.ledger.emit(ForgetVersions(app.name, (version.number,)))
             self.ledger.emit(DeployEnded(app.name, version.number, active.number))
@@ -181,6 +182,7 @@ class Deployments:
         for number in forget:
             del app.versions[number]
         if forget:
+            self.ledger.forget_specs()
             self.ledger.emit(ForgetVersions(app.name, tuple(forget)))
 
     def delete(self, name: str) -> None:
@@ -195,6 +197,7 @@ class Deployments:
                 self.ledger.emit(DeployEnded(name, version.number, 0, to_info(error)))
         active = app.versions.get(app.active)
         del self.state.apps[name]
+        self.ledger.forget_specs()
         if active is not None:
             self.ledger.emit(PublishFunctions(app.name, (), tuple(sorted(spec.name for spec in active.spec.functions))))
         self._touch_app(app.name)

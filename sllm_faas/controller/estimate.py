@@ -1,127 +1,243 @@
 """How long a start would take on a node, and how that is learned from starts that were.
 
-    total = queue + container(warmth) + missing bytes / bandwidth(tier) + first token
+A start reads its checkpoint beside making its container, and what needs the bytes comes after both:
 
-`queue` is the time until the loads already promised to the node are done. A learned value is an exponentially
-weighted mean; its key goes from the particular to the general and the most particular one that exists is used. The
-book is a plain `dict[str, float]`: it is stored, shown and replayed as it is.
+    total = max(container, queue + load + tail)
+    container = layers that are missing + own(function, starts at once) * pace(node)
+    load = bytes / rate(node, tier, size)
 
-    container|node|warmth|app/function   container|node|warmth   container|warmth     seconds
-    bandwidth|node|tier                                                                bytes per second
-    error|node   error                                                                 |predicted - actual|, seconds
-    starts                                                                             how many were learned from
+`own` is what a start of the function takes from the warmest layer with nothing to wait for; `tail` what it takes from
+the last byte to ready; `queue` the time until the reads already promised to the machine are done. The time ends at
+ready: what follows, the first token of whoever waits, is the same wherever the function starts.
+
+A learned value is a weighted mean that outliers move little. Where a function has not been seen, those that load the
+same libraries speak for it; where it has not been seen among so many starts at once, its other starts do, corrected by
+what all functions showed. The book is a plain `dict[str, float]`: it is stored, shown and replayed as it is.
+
+    own|app/function|N   own|=libs|N     seconds, N starts at once (1, 2, 4, 8 ...)
+    slow||N                              how many times longer N at once take than one
+    pace|node                            how many times longer than elsewhere it takes there
+    layer|key            layer|warmth    seconds to make a layer
+    rate|node|tier|size  rate|node|tier  bytes per second, by size class
+    tail|app/function    tail|=libs      seconds
+    error|app/function   error|node   error    |predicted - actual|, seconds
+    starts                               how many were learned from
+    #KEY   ~KEY                          how often KEY was seen, and its mean deviation
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
+from sllm_faas.layers import Layer
 from sllm_faas.spec import Tier, Timeline, Warmth
 
-WEIGHT = 0.3
-"""Of a new observation: three starts make a constant its own."""
+WEIGHT = 0.2
+"""Of a new observation, once there are several."""
+PACE_WEIGHT = 0.1
+"""Of what a start says about its node: little, for it says as much about its function."""
+TRUSTED = 5
+"""Observations after which one that is far off counts only as far as ..."""
+OUTLIER = 3.0
+"""... so many mean deviations."""
 
-CONTAINER: dict[Warmth, float] = {"cold": 6.0, "base": 2.5, "libs": 0.1, "template": 0.05, "warm": 0.0}
-"""Guesses for a node that has started nothing yet: a process with torch and transformers to import, the same forked
-from an interpreter, a fork that only imports the user's modules, one that finds its skeleton built."""
+OWN = 0.1
+LAYER: dict[Warmth, float] = {"libs": 2.5, "template": 0.1}
+"""Guesses in seconds for what was never seen: a fork that only imports the user's modules; torch and transformers
+imported; a model's skeleton and tokenizer built."""
 BANDWIDTH: dict[Tier, float] = {"remote": 100e6, "disk": 1e9, "dram": 8e9, "gpu": 50e9}
-FIRST_TOKEN = 0.05
-"""Seconds, for functions with weights to run; nothing for the others."""
+CROWDING = 0.25
+"""Guess: each further start at once makes all of them so much longer."""
+AT_ONCE = 1e-3
+"""Seconds that a read takes at least, for the arithmetic: one that finds everything there is infinitely fast."""
+STALLED = 0.005
+"""Seconds of waiting for bytes above which a start is said to have been held up by them."""
 
 Book = dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Seconds by part. `total` orders candidates."""
+class Estimate(NamedTuple):
+    """Seconds by part. `total` orders candidates. `margin`: the mean error of such estimates so far, None before the
+    first; `starts`: how many of the function's starts it rests on."""
 
     queue: float
     container: float
     load: float
-    first: float
+    tail: float
     warmth: Warmth
     tier: Tier
+    margin: float | None = None
+    starts: int = 0
 
     @property
     def total(self) -> float:
-        return self.queue + self.container + self.load + self.first
+        return max(self.container, self.queue + self.load + self.tail) if self.load else self.container
 
     def __str__(self) -> str:
-        return (
-            f"{self.total:.2f} s = queue {self.queue:.2f} + {self.warmth} container {self.container:.2f}"
-            f" + {self.tier} load {self.load:.2f} + first {self.first:.2f}"
-        )
+        sure = f" ± {self.margin:.2f}" if self.margin is not None else ""
+        text = f"{self.total:.2f}{sure} s = {self.warmth} container {self.container:.2f}"
+        if self.load:
+            text += f", beside it queue {self.queue:.2f} + {self.tier} load {self.load:.2f} + {self.tail:.2f}"
+        return text + f" (from {self.starts} starts)"
 
 
-def container_seconds(book: Mapping[str, float], node: str, warmth: Warmth, function: str) -> float:
-    for key in (f"container|{node}|{warmth}|{function}", f"container|{node}|{warmth}", f"container|{warmth}"):
-        if key in book:
-            return book[key]
-    return CONTAINER[warmth]
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What distinguishes one start from another, before and after. `function`: `app/function`; `libs`: names the
+    layer with its libraries; `missing`: layers it has to make, `awaited`: seconds already spent on them by
+    another start; `size`: bytes it has to read; `at_once`: starts on the machine while it goes on, itself included."""
+
+    node: str
+    function: str
+    libs: str
+    warmth: Warmth
+    tier: Tier
+    size: int
+    digest: str = ""
+    missing: Sequence[Layer] = ()
+    awaited: float = 0.0
+    at_once: float = 1.0
 
 
-def bandwidth(book: Mapping[str, float], calibrated: Mapping[str, float], node: str, tier: Tier) -> float:
-    """Learned, else the invoker's own calibration, else a guess; bytes per second, above zero."""
-    value = book.get(f"bandwidth|{node}|{tier}", 0.0) or calibrated.get(tier, 0.0)
-    return value if value > 0 else BANDWIDTH[tier]
+@dataclass(slots=True)
+class Known:
+    """What the book says of a function, looked up once for all nodes. `own`: by class of crowd, filled as asked for;
+    `paced`: whether the nodes' pace counts, because it was seen at all."""
+
+    book: Mapping[str, float]
+    function: str
+    libs: str
+    tail: float | None
+    margin: float | None
+    starts: int
+    own: dict[int, tuple[float, bool]] = field(default_factory=dict)
+
+    def estimate(
+        self, warmth: Warmth, tier: Tier, making: float, load: float, queue: float, pace: float, at_once: float = 1.0
+    ) -> Estimate:
+        """On a node of that `pace`: `making` the layers that are missing, `load` and `queue` of the read, seconds."""
+        crowd = _crowd(at_once)
+        found = self.own.get(crowd)
+        if found is None:
+            found = self.own[crowd] = own_seconds(self.book, self.function, self.libs, crowd)
+        own, paced = found
+        if paced:
+            own *= pace
+        tail = own if self.tail is None else self.tail
+        return Estimate(queue, making + own, load, tail, warmth, tier, self.margin, self.starts)
 
 
-def estimate(
-    book: Mapping[str, float],
-    calibrated: Mapping[str, float],
-    node: str,
-    function: str,
-    warmth: Warmth,
-    tier: Tier,
-    size: int,
-    queue: float,
-) -> Estimate:
-    """`size`: bytes of the checkpoint that are not yet where the instance reads them; `function`: `app/function`."""
-    return Estimate(
-        queue=queue,
-        container=container_seconds(book, node, warmth, function),
-        load=size / bandwidth(book, calibrated, node, tier) if size else 0.0,
-        first=FIRST_TOKEN if size else 0.0,
-        warmth=warmth,
-        tier=tier,
+def known(book: Mapping[str, float], function: str, libs: str) -> Known:
+    """`function`: `app/function`; `libs`: names what its container has imported."""
+    tail = book.get(f"tail|{function}")
+    margin = book.get(f"error|{function}")
+    return Known(
+        book,
+        function,
+        libs,
+        book.get(f"tail|={libs}") if tail is None else tail,
+        book.get("error") if margin is None else margin,
+        int(book.get(f"#error|{function}", 0.0)),
     )
 
 
-def learn(
-    book: Book,
-    *,
-    node: str,
-    function: str,
-    warmth: Warmth,
-    tier: Tier,
-    size: int,
-    timeline: Timeline,
-    predicted: float,
-    actual: float,
-) -> None:
-    """Take a finished start into the book. `actual`: seconds from the command to ready; a span `queue` in it was
-    spent waiting for other reads."""
-    loading = sum(span.seconds for span in timeline.spans if span.name in ("checkpoint", "load", "attach"))
-    queued = sum(span.seconds for span in timeline.spans if span.name == "queue")
-    if size and loading > 0:
-        _mix(book, f"bandwidth|{node}|{tier}", size / loading)
-    container = max(0.0, actual - loading - queued)
-    for key in (f"container|{node}|{warmth}|{function}", f"container|{node}|{warmth}", f"container|{warmth}"):
-        _mix(book, key, container)
-    for key in (f"error|{node}", "error"):
-        _mix(book, key, abs(predicted - actual))
+def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: Start, queue: float) -> Estimate:
+    """Of one start by itself."""
+    making = max(0.0, making_seconds(book, start.missing) - start.awaited)
+    load = start.size / bandwidth(book, calibrated, start.node, start.tier, start.size) if start.size else 0.0
+    pace = book.get(f"pace|{start.node}", 1.0)
+    one = known(book, start.function, start.libs)
+    return one.estimate(start.warmth, start.tier, making, load, queue, pace, start.at_once)
+
+
+def making_seconds(book: Mapping[str, float], layers: Sequence[Layer]) -> float:
+    return sum(_layer(book, layer) for layer in layers)
+
+
+def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:
+    """What its container takes with all its layers there and nothing to wait for, on a node of pace 1, and whether
+    that was ever seen."""
+    for name in (function, f"={libs}"):
+        found = _nearest(book, f"own|{name}", crowd)
+        if found is not None:
+            level, seconds = found
+            return seconds * _slowdown(book, crowd) / _slowdown(book, level), True
+    return OWN * _slowdown(book, crowd), False
+
+
+def bandwidth(
+    book: Mapping[str, float], calibrated: Mapping[str, float], node: str, tier: Tier, size: int = 0
+) -> float:
+    """Learned, else the invoker's own calibration, else a guess; bytes per second, above zero. With a `size`, of
+    reads of about that size."""
+    by_size, any_size = _rate_keys(node, tier, size)
+    value = book.get(by_size, 0.0) if size else 0.0
+    value = value or book.get(any_size, 0.0) or calibrated.get(tier, 0.0)
+    return value if value > 0 else BANDWIDTH[tier]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A start that has become ready: what its node said of it. `actual`: seconds from the command to ready."""
+
+    timeline: Timeline
+    read_bytes: int
+    read_seconds: float
+    predicted: float
+    actual: float
+
+
+def learn(book: Book, start: Start, finished: Finished) -> None:
+    """Take a finished start into the book. `start` is as it turned out: its tier, and how many there were at once."""
     book["starts"] = book.get("starts", 0.0) + 1.0
+    for key in (f"error|{start.function}", f"error|{start.node}", "error"):
+        _mix(book, key, abs(finished.predicted - finished.actual))
+    spans = {span.name: span for span in finished.timeline.spans}
+    making = 0.0
+    for warmth in ("libs", "template"):
+        span = spans.get(warmth)
+        if span is not None:
+            making += span.seconds
+            key = next((layer.key for layer in start.missing if layer.warmth == warmth), "")
+            if span.detail == "made":
+                _mix(book, f"layer|{warmth}", span.seconds)
+                if key:
+                    _mix(book, f"layer|{key}", span.seconds)
+    stall = 0.0
+    read, attach = spans.get("checkpoint"), spans.get("attach")
+    if start.size and read is not None:
+        rate = start.size / max(finished.read_seconds, AT_ONCE)
+        if finished.read_bytes or start.tier == "dram":
+            _mix(book, f"rate|{start.node}|{start.tier}|{_class(start.size)}", rate)
+            _mix(book, f"rate|{start.node}|{start.tier}", rate)
+        end = read.start + read.seconds
+        if attach is not None:
+            stall = max(0.0, end - max(attach.start, read.start))
+        if stall >= STALLED:
+            for name in (start.function, f"={start.libs}"):
+                _mix(book, f"tail|{name}", max(0.0, finished.actual - end))
+    _learn_own(book, start, max(0.0, finished.actual - making - stall), stall >= STALLED)
 
 
-MIGRATION_PER_TOKEN, MIGRATION_BASE = 250e-6, 0.1
-"""Seconds: the destination computes the KV cache anew, then the commit. Guesses until one was seen."""
-
-
-def migration(book: Mapping[str, float], tokens: int) -> float:
-    """Seconds for a context of so many tokens to go on elsewhere, where an instance is ready: a * tokens + b."""
-    per_token = book.get("migration|token", MIGRATION_PER_TOKEN)
-    return per_token * tokens + book.get("migration|base", MIGRATION_BASE)
+def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
+    """One that waited for bytes hides what it did meanwhile: it only counts where nothing better is known."""
+    crowd = _crowd(start.at_once)
+    mine = f"own|{start.function}"
+    known = _nearest(book, mine, crowd)
+    if stalled and known is not None:
+        return
+    pace = book.get(f"pace|{start.node}", 1.0)
+    if known is not None and known[0] == crowd and known[1] > 0 and book[f"#{mine}|{crowd}"] >= TRUSTED:
+        off = min(2.0, max(0.5, seconds / (known[1] * pace)))
+        book[f"pace|{start.node}"] = pace * (1.0 + PACE_WEIGHT * (off - 1.0))
+    if crowd > 1 and (alone := book.get(f"{mine}|1", 0.0)) > 0:
+        _mix(book, f"slow||{crowd}", max(0.5, seconds / pace / alone))
+    _mix(book, f"{mine}|{crowd}", seconds / pace)
+    _mix(book, f"own|={start.libs}|{crowd}", seconds / pace)
 
 
 def forget(book: Book, node: str) -> None:
@@ -130,6 +246,63 @@ def forget(book: Book, node: str) -> None:
         del book[key]
 
 
+CROWDS = (1, 2, 4, 8, 16)
+
+
+def _crowd(at_once: float) -> int:
+    """The class of so many starts at once."""
+    if at_once <= 1.0:
+        return 1
+    return CROWDS[min(len(CROWDS) - 1, max(0, round(math.log2(max(1.0, at_once)))))]
+
+
+def _nearest(book: Mapping[str, float], prefix: str, crowd: int) -> tuple[int, float] | None:
+    """What is known under the prefix for the class of crowd that is nearest to this one, with that class."""
+    here = book.get(f"{prefix}|{crowd}")
+    if here is not None:
+        return crowd, here
+    index = CROWDS.index(crowd)
+    for level in sorted(CROWDS, key=lambda level: abs(CROWDS.index(level) - index)):
+        found = book.get(f"{prefix}|{level}")
+        if found is not None:
+            return level, found
+    return None
+
+
+def _slowdown(book: Mapping[str, float], crowd: int) -> float:
+    return 1.0 if crowd == 1 else book.get(f"slow||{crowd}", 1.0 + CROWDING * (crowd - 1))
+
+
+def _layer(book: Mapping[str, float], layer: Layer) -> float:
+    found = book.get(f"layer|{layer.key}")
+    if found is None:
+        found = book.get(f"layer|{layer.warmth}")
+    return LAYER.get(layer.warmth, 0.0) if found is None else found
+
+
+@lru_cache(50_000)
+def _rate_keys(node: str, tier: Tier, size: int) -> tuple[str, str]:
+    return f"rate|{node}|{tier}|{_class(size)}", f"rate|{node}|{tier}"
+
+
+@lru_cache(10_000)
+def _class(size: int) -> str:
+    """Sizes within a factor of eight, named by the largest in MiB."""
+    return f"{8 ** max(0, math.ceil(math.log(max(1, size) / 2**20, 8)))}M"
+
+
 def _mix(book: Book, key: str, value: float) -> None:
+    count = book.get(f"#{key}", 0.0)
+    book[f"#{key}"] = count + 1.0
     before = book.get(key)
-    book[key] = value if before is None else before + WEIGHT * (value - before)
+    if before is None:
+        book[key] = value
+        return
+    step = value - before
+    off = book.get(f"~{key}", abs(step))
+    weight = max(WEIGHT, 1.0 / (count + 1.0))
+    if count >= TRUSTED:
+        most = OUTLIER * max(off, 0.02 * abs(before))
+        step = min(most, max(-most, step))
+    book[key] = before + weight * step
+    book[f"~{key}"] = off + weight * (abs(value - before) - off)

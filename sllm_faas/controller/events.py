@@ -15,7 +15,7 @@ import msgspec
 
 from sllm_faas.errors import ErrorInfo, WireError
 from sllm_faas.spec import AppSpec
-from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, NodeStats, TargetDemand
+from sllm_faas.wire.messages import Checked, InstanceReport, Migrated, NodeInfo, NodeStats, TargetDemand
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,13 @@ class NodeDrained:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLeaving:
+    """It was given notice: everything on it is to go on elsewhere; it comes back open, with another life, or not."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatsSeen:
     name: str
     stats: NodeStats
@@ -175,6 +182,24 @@ class InstanceStopAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrationAsked:
+    """By a person: these invocations (hex ids) of an instance are to go on at `node`. `request` is told the end."""
+
+    instance: str
+    node: str
+    invocations: tuple[str, ...]
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEnded:
+    """An invoker's answer to MIGRATE."""
+
+    node: str
+    result: Migrated
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: `now` is at or after the machine's `next_deadline()`."""
 
@@ -194,10 +219,13 @@ Event = (
     | NodeLeft
     | NodeCordoned
     | NodeDrained
+    | NodeLeaving
     | NodeStatsSeen
     | CheckpointSeen
     | InstanceSeen
     | InstanceStopAsked
+    | MigrationAsked
+    | MigrationEnded
     | Tick
 )
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 UNLIMITED = 1 << 40
 """MiB of a node whose memory is not known."""
@@ -22,14 +23,17 @@ _SPEED = math.log(1.25)
 Group = tuple[int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """`bandwidth`: bytes per second from disk; `busy_until`: end of the reads promised; the rest is free there."""
+class Row(NamedTuple):
+    """`bandwidth`: bytes per second from disk; `busy_until`: end of the reads promised; `gpus` and `mb` are free
+    there, `mb` below 0 where adopted instances take more than there is."""
 
     bandwidth: float
     gpus: int
     mb: int
     busy_until: float
+    freeing_gpus: int = 0
+    freeing_mb: int = 0
+    """What will be free when those that end have ended."""
 
 
 class NodeIndex:
@@ -46,10 +50,13 @@ class NodeIndex:
         before = self.rows.get(name)
         if before == row:
             return
+        group = _group(row)
         if before is not None:
+            if row.busy_until == before.busy_until and group == _group(before):
+                self.rows[name] = row
+                return
             self.drop(name)
         self.rows[name] = row
-        group = _group(row)
         members = self._groups.get(group)
         if members is None:
             members = self._groups[group] = []
@@ -94,10 +101,16 @@ class NodeIndex:
         assert all(members == sorted(members) and members for members in self._groups.values())
 
 
+@lru_cache(maxsize=4096)
 def _memory_class(mb: int) -> int:
     """Two per doubling."""
     return int(2 * math.log2(mb)) if mb > 0 else -1
 
 
+@lru_cache(maxsize=4096)
+def _speed_class(bandwidth: float) -> int:
+    return round(math.log(max(bandwidth, 1.0)) / _SPEED)
+
+
 def _group(row: Row) -> Group:
-    return (round(math.log(max(row.bandwidth, 1.0)) / _SPEED), row.gpus, _memory_class(row.mb))
+    return (_speed_class(row.bandwidth), row.gpus, _memory_class(row.mb))

@@ -5,12 +5,11 @@ Part of the machine (`state.Machine`), which calls it; decisions on how many the
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from sllm_faas.controller import autoscale, estimate, tables
-from sllm_faas.controller.candidates import libs_of
 from sllm_faas.controller.commands import (
     SendStop,
     StartEnded,
@@ -20,6 +19,7 @@ from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.model import Instance, InstanceState, Node, StartRecord
 from sllm_faas.controller.scaling import Scaler
 from sllm_faas.errors import ErrorInfo, StartFailed, to_info
+from sllm_faas.layers import path
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import InstanceReport, Stop
 
@@ -27,6 +27,7 @@ RECORDS = 20
 """Starts remembered per function."""
 FORGET_FAILURES = 120.0
 """Seconds after the last failure's back-off when the count starts anew."""
+STARTING = ("requested", "starting")
 UNKNOWN_MEMORY = 256
 """MiB charged for an adopted instance whose function is not known any more."""
 
@@ -46,8 +47,11 @@ class Instances:
         for instance in self.ledger.on_node(node.name):
             if instance.id not in there:
                 self._end(instance, "lost", None)
+        stopped = {instance.id: instance for instance in self.ledger.ending_on(node.name) if instance.stopping}
         for report in reports:
             self.take(node, report)
+            if report.instance in stopped and report.state in ("starting", "ready"):
+                self.scaler.stop_again(stopped[report.instance])  # the first one was lost with the link
 
     def take(self, node: Node, report: InstanceReport) -> None:
         instance = self.state.instances.get(report.instance)
@@ -61,15 +65,27 @@ class Instances:
         after = tables.move(tables.INSTANCE, f"instance {instance.id}", before, report.state)
         if after in ("stopped", "failed"):
             self._note(instance, report)
-            self._end(instance, after, report.error)
+            self._end(instance, after, report.error, served=report.served)
             return
+        if before in STARTING and after not in STARTING:
+            self._part(node, instance)
         instance.state = cast(InstanceState, after)
         if after != before:
             self.ledger.note_state(instance)
         self._note(instance, report)
         if after == "ready" and before != "ready":
-            self._became_ready(node, instance)
+            self._became_ready(node, instance, report)
         self.ledger.touch(instance.target)
+
+    def _part(self, node: Node, instance: Instance) -> None:
+        """Its start is over: how long it had the company of those that still start on the machine, and they its."""
+        now = self.ledger.now
+        for name in self.ledger.where.beside(node):
+            for other in self.ledger.loading_on(name):
+                if other is not instance:
+                    together = now - max(other.asked, instance.asked)
+                    other.company += together
+                    instance.company += together
 
     def _note(self, instance: Instance, report: InstanceReport) -> None:
         instance.number = report.number or instance.number
@@ -81,6 +97,7 @@ class Instances:
             instance.warmth = report.warmth
         if report.timeline.spans:
             instance.timeline = report.timeline
+        instance.tier = report.tier or instance.tier
 
     def _adopt(self, node: Node, report: InstanceReport) -> None:
         """It runs there and we did not know, because we or the link were down. What nobody wants is stopped."""
@@ -111,45 +128,35 @@ class Instances:
             self.ledger.note_state(instance)
             self.ledger.emit(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
 
-    def _became_ready(self, node: Node, instance: Instance) -> None:
+    def _became_ready(self, node: Node, instance: Instance, report: InstanceReport) -> None:
         instance.ready = self.ledger.now
+        start = self.scaler.candidates.start(node, instance)
         record = self.ledger.target(instance.target)
         if record.error is not None:
             record.error, record.failures, record.retry_at = None, 0, 0.0
         self._warm_layers(node, instance.target)
         if instance.digest:
             self.ledger.where.note_checkpoint(node, instance.digest)
-        self._take_over(instance)
+        self.scaler.migrations.instance_ready(instance)
         if instance.adopted:
             return
-        instance.actual = self.ledger.now - instance.asked
-        estimate.learn(
-            self.state.book,
-            node=node.name,
-            function=f"{instance.target.app}/{instance.target.function}",
-            warmth=instance.expected,
-            tier=instance.tier,
-            size=instance.size,
-            timeline=instance.timeline,
-            predicted=instance.predicted,
-            actual=instance.actual,
-        )
+        actual = instance.actual = self.ledger.now - instance.asked
+        if start is not None:
+            beside = instance.company / actual if actual > 0 else 0.0
+            estimate.learn(
+                self.state.book,
+                replace(start, at_once=1.0 + beside),
+                estimate.Finished(
+                    instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
+                ),
+            )
         self._remember(instance, "ready", None)
-
-    def _take_over(self, instance: Instance) -> None:
-        """The busy instance it was started for may hand over now."""
-        old = self.state.instances.get(instance.replaces)
-        if old is not None and old.state in tables.LIVE:
-            self.scaler.stop(old, f"moves to {instance.id} on {instance.node}", None)
 
     def _warm_layers(self, node: Node, target: Target) -> None:
         spec = self.ledger.function(target)
-        if spec is None:
-            return
-        template, libs = f"{target.app}/{target.function}@{target.version}", libs_of(spec)
-        self.ledger.where.note_template(node, template)
-        if libs not in node.libs:
-            bisect.insort(node.libs, libs)
+        if spec is not None:
+            digest = spec.checkpoint.digest if spec.checkpoint else ""
+            self.ledger.where.note_layers(node, (layer.key for layer in path(spec, digest)))
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -157,9 +164,12 @@ class Instances:
         for instance in self.ledger.on_node(node.name):
             self._end(instance, "lost", None)
 
-    def _end(self, instance: Instance, outcome: str, error: ErrorInfo | None) -> None:
+    def _end(self, instance: Instance, outcome: str, error: ErrorInfo | None, *, served: bool = False) -> None:
         before = instance.state
         tables.move(tables.INSTANCE, f"instance {instance.id}", before, outcome)
+        if before in STARTING:
+            self._part(self.state.nodes[instance.node], instance)
+        self.scaler.migrations.instance_ended(instance)
         self.ledger.remove_instance(instance)
         if instance.ready is None and not instance.adopted:
             self._remember(instance, outcome, error)
@@ -170,7 +180,7 @@ class Instances:
                 error = to_info(StartFailed(f"the instance of {instance.target} {outcome} while it was starting"))
             self._count_start_failure(instance, error)
         elif outcome == "failed":
-            self._count_crash(instance)
+            self._count_crash(instance, served)
 
     def _count_start_failure(self, instance: Instance, error: ErrorInfo) -> None:
         record = self.ledger.target(instance.target)
@@ -180,12 +190,13 @@ class Instances:
         self._hold_back(instance, autoscale.backoff(record.failures))
         self.deployments.start_failed(instance.target, error)
 
-    def _count_crash(self, instance: Instance) -> None:
-        """It was ready and died. The first time it may come back at once; one that dies young again waits."""
+    def _count_crash(self, instance: Instance, served: bool) -> None:
+        """It was ready and died. What had answered something is replaced at once, however young: it works, and those
+        that it left behind wait. The first that had not, too; when it happens again the next start waits a little."""
         record = self.ledger.target(instance.target)
         young = instance.ready is not None and self.ledger.now - instance.ready < autoscale.CRASH_WINDOW
-        record.failures = record.failures + 1 if young else 0
-        self._hold_back(instance, autoscale.backoff(record.failures - 1))
+        record.failures = record.failures + 1 if young and not served else 0
+        self._hold_back(instance, min(autoscale.CRASH_LIMIT, autoscale.backoff(record.failures - 1)))
 
     def _hold_back(self, instance: Instance, seconds: float) -> None:
         record = self.ledger.target(instance.target)
@@ -210,6 +221,7 @@ class Instances:
             at=self.ledger.now,
             timeline=instance.timeline,
             error=error,
+            margin=instance.margin,
         )
         self.state.history[function] = [entry, *self.state.history.get(function, [])][:RECORDS]
         self.ledger.emit(StartEnded(instance.id, instance.node, outcome, instance.predicted, actual))

@@ -9,14 +9,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from sllm_faas.controller import tables
-from sllm_faas.controller.commands import Command
+from sllm_faas.controller.commands import Command, SendStart
 from sllm_faas.controller.locality import Locality
 from sllm_faas.controller.model import App, Gateway, Instance, Node, State, TargetState, Version, key_of
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import TargetDemand
 
+T = TypeVar("T")
+Instances = dict[str, Instance]
+"""By id, in order of creation."""
 MIB = 1024 * 1024
 INDEXES = (
     "_by_target",
@@ -30,6 +34,7 @@ INDEXES = (
     "_loading",
     "_ending",
     "_spare",
+    "_spare_of",
     "_replaced",
 )
 
@@ -42,24 +47,28 @@ class Ledger:
         self._commands: list[Command] = []
         self.dirty: set[str] = set()
         """Keys of targets to look at before the event is over."""
-        self._by_target: dict[str, set[str]] = {}
-        self._by_node: dict[str, set[str]] = {}
+        self._by_target: dict[str, Instances] = {}
+        self._by_node: dict[str, Instances] = {}
         self._demand: dict[str, dict[str, TargetDemand]] = {}
         self._private: dict[str, int] = {}
         self._gpus: dict[str, int] = {}
         self._shared: dict[str, dict[str, int]] = {}
         """Node -> digest -> instances that share it."""
-        self._attached: dict[str, set[str]] = {}
+        self._attached: dict[str, dict[str, None]] = {}
         """Digest -> nodes where instances share it."""
         self._attached_mb: dict[str, int] = {}
-        self._loading: dict[str, set[str]] = {}
-        self._ending: dict[str, set[str]] = {}
-        self._spare: dict[str, set[str]] = {}
+        self._loading: dict[str, Instances] = {}
+        self._ending: dict[str, Instances] = {}
+        self._spare: dict[str, Instances] = {}
         """Node -> instances beyond what their targets want."""
+        self._spare_of: dict[str, Instances] = {}
+        """Target -> those of its instances."""
         self._replaced: dict[str, str] = {}
         """Busy instance -> the one that takes over from it."""
+        self._specs: dict[tuple[str, int, str], tuple[Version, str, FunctionSpec | None]] = {}
+        """Resolved specs, each with what it was made from."""
         self.where = Locality(state.nodes)
-        for instance in state.instances.values():
+        for instance in sorted(state.instances.values(), key=lambda instance: instance.seq):
             self._index(instance)
         for key, record in state.targets.items():
             self.note_spare(key, record.desired, self.live(key))
@@ -76,6 +85,12 @@ class Ledger:
     def emit(self, command: Command) -> None:
         self._commands.append(command)
 
+    def restate(self, instance: str, predicted: float) -> None:
+        """Of a start that was commanded for this event."""
+        for index, command in enumerate(self._commands):
+            if isinstance(command, SendStart) and command.body.instance == instance:
+                self._commands[index] = replace(command, body=replace(command.body, predicted=predicted))
+
     def end(self) -> list[Command]:
         """What was commanded since `begin`, in order."""
         commands, self._commands = self._commands, []
@@ -90,7 +105,18 @@ class Ledger:
     def function(self, target: Target) -> FunctionSpec | None:
         """The spec an instance of `target` runs, its checkpoint's digest filled in."""
         version = self.version(target.app, target.version)
-        return resolve(version, target.function) if version else None
+        if version is None:
+            return None
+        name = (target.app, target.version, target.function)
+        digest = version.digests.get(target.function, "")
+        known = self._specs.get(name)
+        if known is None or known[0] is not version or known[1] != digest:
+            known = self._specs[name] = (version, digest, resolve(version, target.function))
+        return known[2]
+
+    def forget_specs(self) -> None:
+        """Versions are gone from the records: nothing of them is kept here."""
+        self._specs.clear()
 
     def versions(self) -> Iterable[tuple[App, Version]]:
         return ((app, version) for app in self.state.apps.values() for version in app.versions.values())
@@ -107,33 +133,44 @@ class Ledger:
         del self.state.instances[instance.id]
         self._unindex(instance)
         self.touch(instance.target)
-        self.dirty.update(self.state.blocked)
+        self.room_changed()
 
     def instances_of(self, key: str) -> list[Instance]:
         """In order of creation."""
-        return self._ordered(self._by_target.get(key, ()))
+        return list(self._by_target[key].values()) if key in self._by_target else []
 
     def live(self, key: str) -> list[Instance]:
         """Those that serve or will; not one that is to take over from another, as long as that is there."""
-        return [i for i in self.instances_of(key) if i.state in tables.LIVE and not self._takes_over(i)]
+        mine = self._by_target.get(key)
+        if mine is None:
+            return []
+        return [i for i in mine.values() if i.state in tables.LIVE and not (i.replaces and self._takes_over(i))]
 
     def _takes_over(self, instance: Instance) -> bool:
-        old = self.state.instances.get(instance.replaces) if instance.replaces else None
+        old = self.state.instances.get(instance.replaces)
         return old is not None and old.state in tables.LIVE
 
     def replacement(self, instance: str) -> str:
         """The instance that is to take over from this one; empty: none."""
         return self._replaced.get(instance, "")
 
-    def on_node(self, node: str) -> list[Instance]:
-        return self._ordered(self._by_node.get(node, ()))
+    def release_heir(self, instance: str) -> None:
+        """Whoever was to take over from it counts for itself from now on."""
+        heir = self.state.instances.get(self._replaced.pop(instance, ""))
+        if heir is not None:
+            heir.replaces = ""
+            self.where.touch(heir.node)
+            self.touch(heir.target)
+        if instance in self.state.instances:
+            self.where.touch(self.state.instances[instance].node)
 
-    def _ordered(self, ids: Iterable[str]) -> list[Instance]:
-        return sorted((self.state.instances[name] for name in ids), key=lambda instance: instance.seq)
+    def on_node(self, node: str) -> list[Instance]:
+        """In order of creation."""
+        return list(self._by_node[node].values()) if node in self._by_node else []
 
     def _index(self, instance: Instance) -> None:
-        self._by_target.setdefault(key_of(instance.target), set()).add(instance.id)
-        self._by_node.setdefault(instance.node, set()).add(instance.id)
+        self._by_target.setdefault(key_of(instance.target), {})[instance.id] = instance
+        self._by_node.setdefault(instance.node, {})[instance.id] = instance
         if instance.replaces:
             self._replaced[instance.replaces] = instance.id
         self.note_state(instance)
@@ -143,20 +180,20 @@ class Ledger:
             shared = self._shared.setdefault(instance.node, {})
             shared[instance.digest] = shared.get(instance.digest, 0) + 1
             if shared[instance.digest] == 1:
-                self._attached.setdefault(instance.digest, set()).add(instance.node)
+                self._attached.setdefault(instance.digest, {})[instance.node] = None
                 self._attached_mb[instance.node] = self._attached_mb.get(instance.node, 0) + self.size_mb(
                     instance.digest
                 )
 
     def _unindex(self, instance: Instance) -> None:
-        _discard(self._by_target, key_of(instance.target), instance.id)
+        key = key_of(instance.target)
+        _discard(self._by_target, key, instance.id)
         _discard(self._by_node, instance.node, instance.id)
         self._replaced.pop(instance.replaces, None)
-        if (heir := self._replaced.pop(instance.id, "")) in self.state.instances:
-            self.state.instances[heir].replaces = ""  # it has taken over
+        self.release_heir(instance.id)
         for index in (self._loading, self._ending, self._spare):
-            if instance.id in index.get(instance.node, ()):
-                _discard(index, instance.node, instance.id)
+            _discard(index, instance.node, instance.id)
+        _discard(self._spare_of, key, instance.id)
         self.where.touch(instance.node)
         self._private[instance.node] -= instance.memory_mb
         self._gpus[instance.node] -= instance.gpus
@@ -174,52 +211,66 @@ class Ledger:
 
     def note_state(self, instance: Instance) -> None:
         """Call it after its state has changed."""
-        for index, states in ((self._loading, ("requested", "starting")), (self._ending, ("draining",))):
-            if instance.state in states:
-                index.setdefault(instance.node, set()).add(instance.id)
-            elif instance.id in index.get(instance.node, ()):
-                _discard(index, instance.node, instance.id)
+        if instance.state in ("requested", "starting"):
+            self._loading.setdefault(instance.node, {})[instance.id] = instance
+        else:
+            _discard(self._loading, instance.node, instance.id)
+        if instance.state == "draining":
+            self._ending.setdefault(instance.node, {})[instance.id] = instance
+        else:
+            _discard(self._ending, instance.node, instance.id)
         self.where.touch(instance.node)
 
     def note_spare(self, key: str, wanted: int, live: Sequence[Instance]) -> bool:
         """The target wants that many of its live instances: so many of the ready ones as are beyond that may go,
         those that run nothing and the newest first. True when one of them could not before."""
-        instances, spare = self.state.instances, self._spare
-        mine = self._by_target.get(key, ())
+        before = self._spare_of.get(key)
         beyond = len(live) - wanted
-        after: set[str] = set()
-        if beyond > 0:
-            ready = [instance for instance in live if instance.state == "ready"]
-            if beyond < len(ready):
-                ready.sort(key=lambda instance: (instance.running > 0, -instance.seq))
-            after.update(instance.id for instance in ready[:beyond])
-        before = {name for name in mine if name in spare.get(instances[name].node, ())}
-        if before == after:
+        if beyond <= 0 and before is None:
             return False
-        for name in before ^ after:
-            node = instances[name].node
-            if name in before:
-                _discard(spare, node, name)
-            else:
-                spare.setdefault(node, set()).add(name)
-            self.where.touch(node)
-        return not after <= before
+        ready = [instance for instance in live if instance.state == "ready"] if beyond > 0 else []
+        if beyond < len(ready):
+            ready.sort(key=lambda instance: (instance.running > 0, -instance.seq))
+        after = {instance.id: instance for instance in ready[: max(0, beyond)]}
+        if before is None:
+            before = {}
+        if before.keys() == after.keys():
+            return False
+        for name, instance in before.items():
+            if name not in after:
+                instance.spare = None
+                _discard(self._spare, instance.node, name)
+                self.where.touch(instance.node)
+        for name, instance in after.items():
+            if name not in before:
+                if instance.spare is None:
+                    instance.spare = self.now
+                self._spare.setdefault(instance.node, {})[name] = instance
+                self.where.touch(instance.node)
+        if after:
+            self._spare_of[key] = after
+        else:
+            del self._spare_of[key]
+        return not after.keys() <= before.keys()
 
-    def loading_on(self, node: str) -> list[Instance]:
+    def loading_on(self, node: str) -> Collection[Instance]:
         """Those that start there, in no order."""
-        return [self.state.instances[name] for name in self._loading.get(node, ())]
+        return self._loading[node].values() if node in self._loading else ()
 
     def ending_on(self, node: str) -> list[Instance]:
         """Those that drain there, in no order; and those that another is about to replace."""
-        instances = self.state.instances
-        ending = [instances[name] for name in self._ending.get(node, ())]
+        ending = list(self._ending[node].values()) if node in self._ending else []
         if self._replaced:
-            here = self._by_node.get(node, ())
-            ending += [i for name in here if name in self._replaced and (i := instances[name]).state in tables.LIVE]
+            here = self._by_node.get(node, {})
+            ending += [i for name, i in here.items() if name in self._replaced and i.state in tables.LIVE]
         return ending
 
-    def spare_on(self, node: str) -> list[Instance]:
-        return [self.state.instances[name] for name in self._spare.get(node, ())]
+    def spare_on(self, node: str) -> Collection[Instance]:
+        return self._spare[node].values() if node in self._spare else ()
+
+    def has_spare(self, key: str) -> bool:
+        """Whether the target has more instances ready than it wants."""
+        return key in self._spare_of
 
     # -- memory ----------------------------------------------------------------------------------------------
 
@@ -242,21 +293,18 @@ class Ledger:
     def used_gpus(self, node: str) -> int:
         return self._gpus.get(node, 0)
 
-    def shares(self, node: str, digest: str) -> int:
-        """Instances on the node that have the checkpoint attached, or soon will."""
-        return self._shared.get(node, {}).get(digest, 0)
-
     def size_mb(self, digest: str) -> int:
         return -(-self.state.sizes.get(digest, 0) // MIB)
 
-    def gives_back(self, instances: Iterable[Instance]) -> int:
+    def gives_back(self, instances: Collection[Instance]) -> int:
         """MiB that the end of all of these (of one node) would free."""
-        total, ending = 0, dict[str, int]()
+        total = 0
+        ending: dict[str, int] = {}
         for instance in instances:
             total += instance.memory_mb
             if instance.digest:
-                ending[instance.digest] = ending.get(instance.digest, 0) + 1
-                if ending[instance.digest] == self.shares(instance.node, instance.digest):
+                count = ending[instance.digest] = ending.get(instance.digest, 0) + 1
+                if count == self._shared[instance.node][instance.digest]:
                     total += self.size_mb(instance.digest)
         return total
 
@@ -269,10 +317,10 @@ class Ledger:
             self._demand.setdefault(key, {})[gateway.name] = item
         else:
             self._clear_demand(gateway, key)
-        target = self.target(item.target)
+        target = self._target(key, item.target)
         if gateway.name in target.told:
             target.told.remove(gateway.name)
-        self.touch(item.target)
+        self.dirty.add(key)
 
     def drop_gateway(self, gateway: Gateway) -> None:
         """Its leases end: what it waited for and ran is nobody's demand any more."""
@@ -298,22 +346,34 @@ class Ledger:
 
     def load(self, key: str) -> tuple[int, int]:
         """(waiting, running) over all gateways."""
-        items = self._demand.get(key, {}).values()
-        return sum(item.waiting for item in items), sum(item.running for item in items)
+        waiting = running = 0
+        for item in self._demand.get(key, {}).values():
+            waiting += item.waiting
+            running += item.running
+        return waiting, running
+
+    def room_changed(self) -> None:
+        """There may be room where there was none, or none where it was awaited: who waits for room looks anew."""
+        for key in self.state.blocked:
+            self.state.targets[key].look_at = self.now
+        self.dirty.update(self.state.blocked)
 
     # -- targets and time ------------------------------------------------------------------------------------
 
     def target(self, target: Target) -> TargetState:
         """Its record, made when there is none."""
-        key = key_of(target)
+        return self._target(key_of(target), target)
+
+    def _target(self, key: str, target: Target) -> TargetState:
         found = self.state.targets.get(key)
         if found is None:
             found = self.state.targets[key] = TargetState(target)
         return found
 
     def touch(self, target: Target) -> None:
-        self.target(target)
-        self.dirty.add(key_of(target))
+        key = key_of(target)
+        self._target(key, target)
+        self.dirty.add(key)
 
     def wake_target(self, record: TargetState, when: float) -> None:
         """Look at the target again at `when`, or before."""
@@ -343,6 +403,9 @@ class Ledger:
         self.where.validate(state.nodes)
         for name in INDEXES:
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the state gives"
+        for mine in (*self._by_target.values(), *self._by_node.values()):
+            order = [instance.seq for instance in mine.values()]
+            assert order == sorted(order), "instances are not in order of creation"
         for instance in state.instances.values():
             node = state.nodes.get(instance.node)
             assert node is not None and node.state == "up", f"{instance.id} is on {instance.node}, which is not up"
@@ -377,17 +440,15 @@ class Ledger:
 
 
 def resolve(version: Version, function: str) -> FunctionSpec | None:
-    """A version's function, its checkpoint's digest filled in."""
+    """A version's function, its checkpoints' digests filled in."""
     spec = version.spec.function(function)
-    if spec is None or spec.checkpoint is None:
-        return spec
-    digest = version.digests.get(function, spec.checkpoint.digest)
-    if digest == spec.checkpoint.digest:
-        return spec
-    return replace(spec, checkpoint=replace(spec.checkpoint, digest=digest))
+    return spec.resolved(version.digests) if spec is not None else None
 
 
-def _discard(index: dict[str, set[str]], key: str, value: str) -> None:
-    index[key].discard(value)
-    if not index[key]:
-        del index[key]
+def _discard(index: dict[str, dict[str, T]], key: str, name: str) -> None:
+    """Nothing happens when it is not there."""
+    found = index.get(key)
+    if found is not None and name in found:
+        del found[name]
+        if not found:
+            del index[key]

@@ -1,4 +1,4 @@
-"""Which nodes have what: checkpoints on disk, attached and in DRAM, templates of versions. Pure bookkeeping.
+"""Which nodes have what: checkpoints on disk and in DRAM, warmth layers, a machine. Pure bookkeeping.
 
 The nodes' records say the same the other way round; whoever changes one does it here, so both stay in step, and the
 nodes whose records changed are remembered (`take_stale`) for those who keep an index of nodes.
@@ -19,7 +19,8 @@ class Locality:
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self._holders: dict[str, set[str]] = {}
         self._resident: dict[str, set[str]] = {}
-        self._templates: dict[str, set[str]] = {}
+        self._layers: dict[str, set[str]] = {}
+        self._hosts: dict[str, set[str]] = {}
         self._stale: set[str] = set()
         for node in nodes.values():
             self.add(node)
@@ -32,9 +33,13 @@ class Locality:
         """Nodes with the checkpoint whole in DRAM."""
         return self._resident.get(digest, NOWHERE)
 
-    def templates(self, name: str) -> Collection[str]:
-        """Nodes where the version's template layer exists; `name`: `app/function@version`."""
-        return self._templates.get(name, NOWHERE)
+    def layered(self, key: str) -> Collection[str]:
+        """Nodes where that warmth layer exists."""
+        return self._layers.get(key, NOWHERE)
+
+    def beside(self, node: Node) -> Collection[str]:
+        """Nodes of its machine, itself included: they share cores and disk."""
+        return self._hosts[node.info.host] if node.info.host else (node.name,)
 
     # -- changes ---------------------------------------------------------------------------------------------
 
@@ -58,10 +63,11 @@ class Locality:
             insort(node.checkpoints, digest)
             self._holders.setdefault(digest, set()).add(node.name)
 
-    def note_template(self, node: Node, name: str) -> None:
-        if node.name not in self.templates(name):
-            insort(node.templates, name)
-            self._templates.setdefault(name, set()).add(node.name)
+    def note_layers(self, node: Node, keys: Iterable[str]) -> None:
+        for key in keys:
+            if node.name not in self.layered(key):
+                insort(node.layers, key)
+                self._layers.setdefault(key, set()).add(node.name)
 
     def touch(self, node: str) -> None:
         """Something else about the node changed."""
@@ -77,10 +83,11 @@ class Locality:
         return (
             (self._holders, node.checkpoints),
             (self._resident, resident),
-            (self._templates, node.templates),
+            (self._layers, node.layers),
+            (self._hosts, (node.info.host,) if node.info.host else ()),
         )
 
     def validate(self, nodes: Mapping[str, Node]) -> None:
         fresh = Locality(nodes)
-        for name in ("_holders", "_resident", "_templates"):
+        for name in ("_holders", "_resident", "_layers", "_hosts"):
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the nodes say"

@@ -11,9 +11,10 @@ from typing import Literal
 
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import AppSpec, Target, Tier, Timeline, Warmth
-from sllm_faas.wire.messages import NodeInfo, NodeStats, TargetDemand
+from sllm_faas.wire.messages import MoveResult, NodeInfo, NodeStats, TargetDemand
 
 VersionState = Literal["checking", "warming", "ready", "failed"]
+MoveState = Literal["waiting", "moving", "resting"]
 InstanceState = Literal["requested", "starting", "ready", "draining"]
 NodeState = Literal["up", "lost"]
 
@@ -64,10 +65,8 @@ class Node:
     stats: NodeStats | None = None
     checkpoints: list[str] = field(default_factory=list)
     """Digests on its disk, sorted."""
-    templates: list[str] = field(default_factory=list)
-    """`app/function@version` that it has started in this life, sorted: their template layer exists."""
-    libs: list[str] = field(default_factory=list)
-    """Sorted lists of libraries, joined by commas, that it has started in this life: their libs layer exists."""
+    layers: list[str] = field(default_factory=list)
+    """Keys of the warmth layers (`sllm_faas.layers`) that exist there, sorted: as it told, or by what started there."""
 
 
 @dataclass(slots=True)
@@ -85,15 +84,17 @@ class Instance:
     size: int = 0
     """Bytes of its checkpoint."""
     predicted: float = 0.0
+    margin: float | None = None
+    """Seconds by which such predictions were off so far, on the average."""
     gpus: int = 0
     queued: float = 0.0
     """Seconds its reading was expected to wait for those promised to the node before it."""
     load: float = 0.0
     """Seconds of checkpoint reading promised to its node while it starts."""
-    expected: Warmth = "cold"
-    """The layer its start was predicted from; what is learned goes there, so that predictions become right."""
+    company: float = 0.0
+    """Seconds that other starts on its machine went on beside its own, added up over those that have ended."""
     warmth: Warmth = "cold"
-    """The layer its node says it began from."""
+    """The layer its node says it began from; until it did, the one that is expected."""
     tier: Tier = "disk"
     why: str = ""
     adopted: bool = False
@@ -105,12 +106,56 @@ class Instance:
     pid: int = 0
     running: int = 0
     timeline: Timeline = field(default_factory=Timeline)
+    spare: float | None = None
+    """Since when nobody wants it; None: somebody does."""
     tokens: int = 0
     """In the contexts of what runs there, as last told."""
     replaces: str = ""
     """The busy instance it takes over from, which counts as live until then, and this one does not."""
     stopping: str = ""
     """Why it drains."""
+    drain: float | None = None
+    """Seconds it was given for that; None: all it takes."""
+
+
+@dataclass(slots=True)
+class Move:
+    """What runs in an instance is to go on in another of its target."""
+
+    id: str
+    """Of the last MIGRATE that was sent; empty before."""
+    source: str
+    state: MoveState
+    why: str
+    asked: float
+    node: str = ""
+    """The node it must go to; empty: any other."""
+    to: str = ""
+    """The instance it was last sent to, or the one that is being started for it."""
+    invocations: list[str] = field(default_factory=list)
+    """Hex ids; empty: all that run there, and then the source ends."""
+    request: str = ""
+    """Who is told the end."""
+    tries: int = 0
+    due: float | None = None
+    """When it is looked at again; None: when its heir becomes ready or ends."""
+    predicted: float = 0.0
+
+
+@dataclass(slots=True)
+class MoveRecord:
+    """How the move of one invocation ended, kept for people. Seconds; `at` is the machine's time."""
+
+    invocation: str
+    function: str
+    source: str
+    source_node: str
+    to: str
+    to_node: str
+    why: str
+    predicted: float
+    result: MoveResult
+    at: float
 
 
 @dataclass(slots=True)
@@ -130,6 +175,8 @@ class TargetState:
     waiting_since: float | None = None
     blocked: str = ""
     """Why its start has to wait for room."""
+    look_at: float = 0.0
+    """While it waits for room: until then, its choice stands unless room appears."""
     placement: str = ""
     """The last choice of a node, explained."""
     alarm: float | None = None
@@ -158,6 +205,8 @@ class StartRecord:
     at: float
     timeline: Timeline = field(default_factory=Timeline)
     error: ErrorInfo | None = None
+    margin: float | None = None
+    """As for the instance: how sure the prediction was."""
 
 
 @dataclass(slots=True)
@@ -175,6 +224,10 @@ class State:
     """What `estimate` has learned."""
     history: dict[str, list[StartRecord]] = field(default_factory=dict)
     """`app/function` -> its last starts, newest first."""
+    moves: dict[str, Move] = field(default_factory=dict)
+    """By source instance."""
+    moved: list[MoveRecord] = field(default_factory=list)
+    """The last moves that were made or refused, newest first."""
     blocked: list[str] = field(default_factory=list)
     """Keys of targets that wait for room, sorted."""
     alarms: list[tuple[float, str]] = field(default_factory=list)
@@ -183,3 +236,5 @@ class State:
     """Nothing starts before: after a restart the nodes first tell what they run."""
     created: int = 0
     """Instances ever made."""
+    migrations: int = 0
+    """MIGRATE ever sent."""

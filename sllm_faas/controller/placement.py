@@ -17,46 +17,56 @@ there were and why the winner won; that is put into words only when somebody ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
 
 from sllm_faas.controller.estimate import Estimate
 
 SHOWN = 5
 MOVES = 4
 """Nodes, the cheapest, that are asked what could move away from them: that is the dearest question."""
+AGAIN = 5.0
+"""Seconds after which who waits for room chooses anew at the latest: what is too young to go or to move may by then."""
+LEAST = 0.05
+"""... and at the earliest, unless room appears."""
 STATES = 64
 """Of the dynamic program at most: beyond, those that miss most are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a choice is charged for its harm to others, in seconds.
+    """What a choice is charged for its harm to others, in seconds. Small: what keeps an instance where it is sends
+    others behind a slower read, which in overload harms more (seen in `sllm simulate paper` with other costs).
 
-    `freeing`: room that is being freed, because that drain is not over yet. `eviction`: each instance that must go, its
-    function may be called again at once; and the `reload` share of its own start, as often as it will be missed soon.
-    `move`: each that moves, a pause to its caller.
+    `freeing`: room that is being freed, because that drain is not over yet. `eviction`: each instance that must go; and
+    the `reload` share of the time that starting it again there takes, less the longer it has been idle: half of it
+    after `horizon` seconds. `move`: each that moves, a pause to its caller.
     """
 
-    freeing: float = 0.2
-    eviction: float = 0.5
-    reload: float = 0.25
-    move: float = 0.2
+    freeing: float = 0.0
+    eviction: float = 0.0
+    reload: float = 0.001
+    move: float = 0.05
+    horizon: float = 10.0
+
+    def of(self, item: Idle) -> float:
+        """Of ending it, with the wait until it may go: it is missed the less the longer nobody has."""
+        return item.rests + self.eviction + self.reload * item.reload * self.horizon / (self.horizon + item.seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """An instance that nobody needs now, and what its end gives back. `reload`: seconds its own start took."""
+class Idle(NamedTuple):
+    """An instance that nobody has needed for `seconds`, and what its end gives back. `reload`: seconds its own start
+    took; `rests`: seconds for which it may not go yet."""
 
     instance: str
     memory_mb: int
-    since: float
+    seconds: float
     gpus: int = 0
     reload: float = 0.0
+    rests: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Movable:
+class Movable(NamedTuple):
     """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over. With no room
     for it anywhere `to` is empty and `seconds` infinite."""
 
@@ -131,12 +141,14 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Stop these, then place again. `drain`: as in wire.messages.Stop."""
+    """Stop these, then place again. `drain`: as in wire.messages.Stop; `again`: seconds after which, though no room has
+    appeared, the choice is made anew."""
 
     node: str
     instances: tuple[str, ...]
     why: str
     drain: float | None = None
+    again: float = AGAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +158,7 @@ class Move:
     node: str
     moves: tuple[tuple[str, str], ...]
     why: str
+    again: float = AGAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,7 @@ class Full:
 
     why: str
     never: bool = False
+    again: float = AGAIN
 
 
 Choice = Placed | Evict | Move | Full
@@ -183,13 +197,12 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     nodes = list(candidates)
     if not nodes:
         return Full("no node is up and open for instances")
-    ranked = sorted(nodes, key=_rank)
-    fitting = [node for node in ranked if node.fits()]
-    best = fitting[0].estimate.total if fitting else float("inf")
-    choice: Choice | None = _placed(fitting, len(nodes)) if fitting else None
-    asked = 0
-    for node in ranked:
-        total = node.estimate.total
+    ranked = sorted(map(_ranked, nodes))
+    fitting = [(total, node) for *_, total, node in ranked if node.fits()]
+    left = best = fitting[0][0] if fitting else float("inf")
+    choice: Evict | Move | Full | None = None
+    busy = []
+    for *_, total, node in ranked:
         if total >= best:
             break
         if node.fits() or not node.big_enough:
@@ -198,18 +211,23 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
             if total + costs.freeing < best:
                 choice = Full(f"waits for memory that is being freed on {node.name}")
                 best = total + costs.freeing
-            continue
-        if total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
-            cost = total + sum(costs.eviction + costs.reload * item.reload for item in idle)
+        elif total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
+            cost = total + sum(map(costs.of, idle))
             if cost < best:
                 choice, best = _evict(node, idle), cost
-            continue
-        asked += 1
-        if asked <= MOVES and total + costs.move < best and (moves := cheapest_moves(node, costs)):
+        else:
+            busy.append((total, node))
+    for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
+        if total + costs.move < best and (moves := cheapest_moves(node, costs)):
             cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
             if cost < best:
                 choice, best = _move(node, moves), cost
-    return choice or no_room(nodes)
+    if choice is None:
+        return _placed([node for _, node in fitting], len(nodes)) if fitting else no_room(nodes)
+    if fitting and left - best < choice.again:
+        # A place that is there was left for this one; queues shorten by a second per second, so it may be better then.
+        choice = replace(choice, again=max(LEAST, left - best))
+    return choice
 
 
 class Part(Protocol):
@@ -228,8 +246,8 @@ P = TypeVar("P", bound=Part)
 
 def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
     """Whom to stop, the longest idle among equals; empty: that would not be enough."""
-    parts = sorted(node.idle(), key=lambda item: (item.since, item.instance))
-    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.eviction + costs.reload * item.reload)
+    parts = sorted(node.idle(), key=lambda item: (-item.seconds, item.instance))
+    return cheapest(parts, node.missing_mb, node.missing_gpus, costs.of)
 
 
 def cheapest_moves(node: Candidate, costs: Costs = DEFAULT) -> tuple[Movable, ...]:
@@ -277,9 +295,10 @@ def no_room(nodes: Sequence[Candidate]) -> Full:
     )
 
 
-def _rank(node: Candidate) -> tuple[float, int, str]:
+def _ranked(node: Candidate) -> tuple[float, int, str, float, Candidate]:
     # Equal estimates: the emptier node, so load spreads; then the name, so the choice is always the same.
-    return (round(node.estimate.total, 6), -(node.free_mb if node.free_mb is not None else 0), node.name)
+    total = node.estimate.total
+    return (round(total, 6), -node.free_mb if node.free_mb is not None else 0, node.name, total, node)
 
 
 def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
@@ -288,8 +307,11 @@ def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
     return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting))
 
 
-def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict:
-    chosen = tuple(item.instance for item in sorted(idle, key=lambda item: (item.since, item.instance)))
+def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:
+    chosen = tuple(item.instance for item in sorted(idle, key=lambda item: (-item.seconds, item.instance)))
+    rest = max(item.rests for item in idle)
+    if rest > 0:
+        return Full(f"waits until instances on {node.name} have served for a while and may go", again=rest)
     room = f"{node.need_mb} MiB" + (f" and {node.need_gpus} GPUs" if node.need_gpus else "")
     return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {room}, then {node.estimate}")
 

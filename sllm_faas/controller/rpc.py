@@ -13,13 +13,18 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                      state: requested | starting | ready | draining
     N (a node)       {name, state: up | lost, endpoint, cordoned, draining, memory_mb, memory_used_mb,
                       memory_free_mb | None, disk_free_mb | None, cores, gpus, labels, bandwidth, checkpoints: [digest],
-                      instances: count, life}
+                      resident: [digest] in DRAM, running, instances: count, life}
     F (a function)   {app, name, kind, version, methods: [{name, stream, is_async, batched}], parameters: [{name, type,
                       required, default}], concurrency, max_queue, timeouts: {queue, startup, first_output, idle,
                       execution}, scaling: S, memory_mb, secrets: [name], checkpoint: {source, revision, dtype, digest,
                       bytes} | None, instances: {requested, starting, ready, draining}, waiting, running}
     V (a version)    {version, state: checking | warming | ready | failed, active, created: unix seconds, error: E,
                       bundle, functions: [name]}
+
+    M (a move made)  {invocation, function, from, source, to, instance, outcome: moved | ended | kept, why, reason,
+                      predicted, seconds, paused, rounds, tokens, sent, ended: age s}
+    O (one going on) {source, from, to, instance, state: waiting | moving | resting, reason, predicted, age, tries,
+                      next: s | None, invocations: [hex id], none for all}
 
     op                  body                                  reply
     bundle.has          {digest}                              {digest, present, size}
@@ -38,6 +43,9 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
     instance.stop       {instance, drain: s | None}           {instance, stopping: true}
     node.list           {}                                    {nodes: [N]}
     node.cordon         {node}                                N      node.uncordon, node.drain: the same
+    invocation.migrate  {id, node}                            {invocation, outcome: moved | ended, from, to, instance,
+                                                              predicted, seconds, paused, rounds, tokens}, when it has
+                                                              ended; one that was kept is an error
     token.create        {name, scopes, apps, expires_in}      {name, token, scopes, apps, expires: unix | None}
     token.list          {}                                    {tokens: [{name, scopes, apps, created, expires}]}
     token.delete        {name}                                {name, deleted: true}
@@ -49,6 +57,8 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               instances: {requested, starting, ready, draining},
                                                               waiting, running}, nodes: [N], gateways: [{name, life,
                                                               waiting, running}], apps: [as app.list],
+                                                              queues: [{target, waiting, running, desired, instances:
+                                                              {…}, blocked: text}], moving: count,
                                                               estimates: {starts, mean_error}, dropped: {frame type:
                                                               count}, storage: {ok, error}}
     describe.function   {app, function}                       F + {desired, targets: [{target, parameters, version,
@@ -57,9 +67,10 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               instances: [I]}], starts: [{instance, node, state, warmth,
                                                               tier, predicted, actual, why, timeline: T, error: E,
                                                               ended: age s}] newest first}
+                                                              + {moves: [M], moving: [O]}
     describe.node       {node}                                N + {instances_list: [I], estimates: {key: value},
-                                                              starts: as above}
-    checkpoint.pull     {source, revision, dtype, name,       more=True {stage, done, total, text} …, then
+                                                              starts, moves, moving: as above}
+    checkpoint.pull     {source, revision, dtype, name, base, more=True {stage, done, total, text} …, then
                          node: text | None}                   {name, digest, bytes, node}
     invocation.get      {id}                                  {invocation: the gateway's record | None}
     invocation.cancel   {id}                                  the same, after its gateway has cancelled it
@@ -166,6 +177,7 @@ class Pull:
     revision: str = ""
     dtype: str = "auto"
     name: str = ""
+    base: str = ""
     node: str | None = None
 
     def checkpoint(self) -> CheckpointSpec:
@@ -181,6 +193,12 @@ class Pull:
 @dataclass(frozen=True, slots=True)
 class OfInvocation:
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateInvocation:
+    id: str
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +233,7 @@ BODIES: dict[str, type] = {
     "checkpoint.pull": Pull,
     "invocation.get": OfInvocation,
     "invocation.list": ListInvocations,
+    "invocation.migrate": MigrateInvocation,
     "invocation.cancel": OfInvocation,
 }
 

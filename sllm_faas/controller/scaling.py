@@ -21,6 +21,7 @@ from sllm_faas.controller.candidates import Candidates
 from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
 from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
+from sllm_faas.controller.migration import Migrations, can_move
 from sllm_faas.controller.model import Instance, TargetState
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
@@ -34,20 +35,23 @@ class Scaler:
         self.ledger = ledger
         self.policy = policy
         self.candidates = Candidates(ledger, migrate=migrate, exhaustive=policy.exhaustive)
+        self.migrations = Migrations(ledger, self)
         self.state = ledger.state
+        self._begun: list[Instance] = []
+        """Starts commanded for the present event."""
 
     # -- what is owed ----------------------------------------------------------------------------------------
 
     def mode(self, target: Target) -> Mode:
-        app = self.state.apps.get(target.app)
-        version = app.versions.get(target.version) if app else None
-        if app is None or version is None or version.spec.function(target.function) is None:
+        if self.ledger.function(target) is None:
             return "gone"
+        app = self.state.apps[target.app]
         if app.active == target.version:
             return "serving"
-        if version.state == "warming":
+        state = app.versions[target.version].state
+        if state == "warming":
             return "warming"
-        return "superseded" if version.state == "ready" else "gone"
+        return "superseded" if state == "ready" else "gone"
 
     def scaling_of(self, target: Target, spec: FunctionSpec) -> Scaling:
         """`min_containers` count for the function as it is, not for every set of parameters ever asked for."""
@@ -95,12 +99,16 @@ class Scaler:
 
         live = self.ledger.live(key)
         if self.ledger.note_spare(key, want, live):
-            self.ledger.dirty.update(self.state.blocked)  # who waits for room may have theirs
+            self.ledger.room_changed()
         blocked = ""
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live)
+            if not blocked:
+                self.ledger.dirty.discard(key)  # by its own starts, which leave nothing more to do
         elif len(live) > want:
-            self._shrink(record, window, 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD, live)
+            hold = 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD
+            least = self.scaling_of(target, spec).min_containers if spec is not None else 0
+            self._shrink(record, window, hold, least, live)
         self._block(record, key, blocked)
         if mode == "gone" and waiting:
             record.error = to_info(
@@ -119,17 +127,21 @@ class Scaler:
         if record.failures:
             # After a failure one start is the probe; the others wait for how it ends.
             missing = min(missing, 1 - sum(instance.state != "ready" for instance in live))
+        if record.blocked and self.ledger.now < record.look_at and missing > 0:
+            self.ledger.wake_target(record, record.look_at)
+            return record.blocked
         for _ in range(missing):
             choice = self.policy.place(self.candidates.of(record.target, spec))
             why = record.placement = choice.why
             if isinstance(choice, placement.Placed):
-                self._start(record.target, spec, choice.node, choice.estimate, why)
+                self.start(record.target, spec, choice.node, choice.estimate, why)
                 continue
             if isinstance(choice, placement.Evict):
                 for name in choice.instances:
-                    self.stop(self.state.instances[name], f"evicted for {record.target}", choice.drain)
+                    self._let_go(self.state.instances[name], f"evicted for {record.target}", choice.drain)
             elif isinstance(choice, placement.Move):
-                self._move(record.target, choice)
+                for name, to in choice.moves:
+                    self.migrations.make_room(self.state.instances[name], to, f"room for {record.target}")
             elif choice.never and not live:
                 record.error = to_info(
                     NoCapacity(
@@ -139,34 +151,44 @@ class Scaler:
                 )
                 record.retry_at = self.ledger.now + autoscale.BACKOFF_LIMIT
                 self.ledger.wake_target(record, record.retry_at)
+            record.look_at = self.ledger.now + min(choice.again, placement.AGAIN)
+            self.ledger.wake_target(record, record.look_at)
             return why
         return ""
 
-    def _shrink(self, record: TargetState, window: float, hold: float, live: Sequence[Instance]) -> None:
+    def _shrink(self, record: TargetState, window: float, hold: float, least: int, live: Sequence[Instance]) -> None:
         """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest."""
-        count = len(live)
-        keep = autoscale.held(record.peaks, self.ledger.now, record.desired, hold)
-        for instance in reversed([instance for instance in live if instance.state != "ready"]):
-            if count <= keep:
-                break
-            self.stop(instance, "nobody waits for it any more", 0.0)
-            count -= 1
-        keep = autoscale.held(record.peaks, self.ledger.now, record.desired, window)
-        ready = [instance for instance in live if instance.ready is not None and instance.state == "ready"]
-        rested = [instance for instance in ready if (instance.ready or 0.0) + window <= self.ledger.now]
-        for instance in sorted(
-            rested, key=lambda instance: (instance.running, -(instance.ready or 0.0), -instance.seq)
-        ):
-            if count <= keep:
-                break
-            self.stop(instance, f"idle for {window:g} s" if window else "not needed any more", None)
-            count -= 1
+        now, count = self.ledger.now, len(live)
+        ready = [instance for instance in live if instance.state == "ready"]
+        if len(ready) < count:
+            keep = autoscale.held(record.peaks, now, record.desired, hold)
+            for instance in reversed([instance for instance in live if instance.state != "ready"]):
+                if count <= keep:
+                    break
+                self.stop(instance, "nobody waits for it any more", 0.0)
+                count -= 1
+        keep = autoscale.held(record.peaks, now, record.desired, window)
+        keep += autoscale.spare(keep, least) if window else 0
+        if count > keep:
+            rested = [instance for instance in ready if (instance.ready or 0.0) + window <= now]
+            for instance in sorted(rested, key=lambda i: (i.running, -(i.ready or 0.0), -i.seq)):
+                if count <= keep:
+                    break
+                self._let_go(instance, f"idle for {window:g} s" if window else "not needed any more")
+                count -= 1
         if count > record.desired:
             times = [until + span for until, _ in record.peaks for span in (hold, window)]
             times += [(instance.ready or 0.0) + window for instance in ready]
-            later = [when for when in times if when > self.ledger.now]
+            later = [when for when in times if when > now]
             if later:
                 self.ledger.wake_target(record, min(later))
+
+    def _let_go(self, instance: Instance, why: str, drain: float | None = None) -> None:
+        """Stop it; what runs there goes on in the others if it can and may."""
+        self.stop(instance, why, drain)
+        spec = self.ledger.function(instance.target)
+        if drain is None and self.candidates.migrate and instance.running and spec is not None and can_move(spec):
+            self.migrations.empty(instance, why)
 
     def _block(self, record: TargetState, key: str, why: str) -> None:
         if bool(why) != bool(record.blocked):
@@ -201,18 +223,10 @@ class Scaler:
 
     # -- starting and stopping -------------------------------------------------------------------------------
 
-    def _move(self, target: Target, choice: placement.Move) -> None:
-        """Start each of the busy ones anew where it goes; it is stopped there once the new one is ready."""
-        for name, to in choice.moves:
-            old = self.state.instances[name]
-            spec = self.ledger.function(old.target)
-            assert spec is not None
-            guess = self.candidates.one(self.state.nodes[to], old.target, spec).estimate
-            self._start(old.target, spec, to, guess, f"takes over from {name}, which makes room for {target}", name)
-
-    def _start(
+    def start(
         self, target: Target, spec: FunctionSpec, node: str, guess: Estimate, why: str, replaces: str = ""
     ) -> None:
+        """Start an instance there. `replaces`: it counts for nothing until that one drains."""
         self.state.created += 1
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         instance = Instance(
@@ -226,23 +240,36 @@ class Scaler:
             digest=digest,
             size=self.state.sizes.get(digest, 0),
             predicted=guess.total,
+            margin=guess.margin,
             gpus=spec.gpus,
             queued=guess.queue,
             load=guess.load,
             replaces=replaces,
-            expected=guess.warmth,
             warmth=guess.warmth,
             tier=guess.tier,
             why=why,
             concurrency=spec.concurrency,
         )
         self.ledger.add_instance(instance)
+        self._begun.append(instance)
         version = self.ledger.version(target.app, target.version)
         assert version is not None
         bundle = version.spec.bundle if spec.kind != "llm" else ""
         self.ledger.emit(
             SendStart(node, Start(instance.id, target, spec, bundle, why=why, predicted=round(guess.total, 4)))
         )
+
+    def restate(self) -> None:
+        """Starts commanded for one event slow each other down, the first ones too, which knew nothing of the rest."""
+        begun, self._begun = self._begun, []
+        if len(begun) < 2:
+            return
+        for instance in begun:
+            spec, node = self.ledger.function(instance.target), self.state.nodes.get(instance.node)
+            if spec is not None and node is not None and instance.state == "requested":
+                crowded = self.candidates.guess(node, instance.target, spec, but=instance.id)
+                instance.predicted = crowded._replace(queue=instance.queued, load=instance.load).total
+                self.ledger.restate(instance.id, round(instance.predicted, 4))
 
     def stop(self, instance: Instance, why: str, drain: float | None) -> None:
         """Drain it. One that drains already is told again only to end sooner."""
@@ -253,6 +280,11 @@ class Scaler:
             return
         instance.state = "draining"
         instance.stopping = instance.stopping or why
+        instance.drain = drain
         self.ledger.note_state(instance)
         self.ledger.touch(instance.target)
         self.ledger.emit(SendStop(instance.node, Stop(instance.id, drain, why)))
+
+    def stop_again(self, instance: Instance) -> None:
+        """Its node did not hear that it drains."""
+        self.ledger.emit(SendStop(instance.node, Stop(instance.id, instance.drain, instance.stopping)))

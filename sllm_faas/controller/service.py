@@ -61,6 +61,8 @@ _FROM = {
         Type.INGESTED,
         Type.NODE,
         Type.PROGRESS,
+        Type.MIGRATED,
+        Type.LEAVING,
         Type.BUNDLE_GET,
         Type.REPLY,
     },
@@ -82,7 +84,7 @@ class Controller:
         self.storage_error = ""
         self.store = Store(config.db_path)
         self.bundles = Bundles(config.bundles_dir)
-        self.machine = Machine(self.life)
+        self.machine = Machine(self.life, migrate=True)
         self.peers = Peers()
         self.routes = RouteTable(self._publish)
         self.admin = Admin(self)
@@ -277,6 +279,43 @@ class Controller:
                     actual=round(command.actual, 4),
                 )
 
+            case cmd.SendMigrate(node, body):
+                self._to_node(node, Type.MIGRATE, body)
+                self.log.info(
+                    "migrate",
+                    migration=body.migration,
+                    instance=body.instance,
+                    node=node,
+                    to=body.to,
+                    destination=body.node,
+                    invocations=list(body.invocations) or "all",
+                )
+            case cmd.MoveEnded():
+                self._move_ended(command)
+
+    def _move_ended(self, move: cmd.MoveEnded) -> None:
+        self.admin.move_ended(move)
+        result = move.result
+        if result is None:
+            self.log.info("move given up", instance=move.source, why=move.why)
+            return
+        self._learned = self._learned or result.outcome == "moved"
+        self.metrics.move_ended(result, move.predicted)
+        self.log.info(
+            "move ended",
+            invocation=result.invocation,
+            instance=move.source,
+            to=move.to,
+            destination=move.node,
+            outcome=result.outcome,
+            why=result.why,
+            predicted=round(move.predicted, 4),
+            total=round(result.total, 4),
+            paused=round(result.paused, 4),
+            rounds=result.rounds,
+            tokens=result.tokens,
+        )
+
     def _to_node(self, name: str, kind: Type, body: object) -> None:
         peer = self.peers.get("invoker", name)
         if peer is None or not peer.send(codec.encode(Header(kind), body)):
@@ -430,6 +469,10 @@ class Controller:
                 self.feed(ev.VersionChecked(peer.name, body))
             case Type.NODE:
                 self.feed(ev.NodeStatsSeen(peer.name, body))
+            case Type.MIGRATED:
+                self.feed(ev.MigrationEnded(peer.name, body))
+            case Type.LEAVING:
+                self.feed(ev.NodeLeaving(peer.name))
             case Type.PROGRESS:
                 assert isinstance(body, Progress)
                 self.admin.on_progress(body)

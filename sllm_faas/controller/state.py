@@ -30,6 +30,13 @@ A node (a lost one is kept for FORGET_NODE seconds, because gateways may still r
     absent | restored->lost  hello->up
     up     | (hello)  silent->lost  bye->absent
     lost   | hello->up  bye->absent  expire->absent
+
+The move of what runs in an instance (`migration`; over: nothing is to be done about it any more):
+
+    absent  | asked->waiting
+    waiting | (asked)  sent->moving  over->absent
+    moving  | (asked)  late->resting  kept->resting  over->absent
+    resting | (asked)  sent->moving  over->absent
 """
 
 from __future__ import annotations
@@ -86,10 +93,13 @@ class Machine:
             ev.NodeLeft: self._node_left,
             ev.NodeCordoned: self._node_cordoned,
             ev.NodeDrained: self._node_drained,
+            ev.NodeLeaving: self._node_leaving,
             ev.NodeStatsSeen: self._node_stats,
             ev.CheckpointSeen: self._checkpoint_seen,
             ev.InstanceSeen: self._instance_seen,
             ev.InstanceStopAsked: self._instance_stop_asked,
+            ev.MigrationAsked: self._migration_asked,
+            ev.MigrationEnded: self._migration_ended,
             ev.Tick: self._tick,
         }
 
@@ -101,6 +111,7 @@ class Machine:
         self._handlers[type(event)](event)
         self._wake_due()
         self._settle()
+        self.scaler.restate()
         self.scaler.candidates.keep_up()
         return self.ledger.end()
 
@@ -113,15 +124,16 @@ class Machine:
         return msgspec.json.encode(msgspec.to_builtins(self.state, str_keys=True, order="deterministic"))
 
     @classmethod
-    def restore(cls, snapshot: bytes) -> Machine:
+    def restore(cls, snapshot: bytes, policy: Policy | None = None, *, migrate: bool = False) -> Machine:
         """The machine that gave the snapshot, as far as any event can tell."""
         state = msgspec.json.decode(snapshot, type=State)
-        return cls(state.life, state)
+        return cls(state.life, state, policy, migrate=migrate)
 
     def validate(self) -> None:
         """Raises AssertionError when an invariant does not hold."""
         assert not self.ledger.dirty, f"not reconciled: {self.ledger.dirty}"
         self.ledger.validate()
+        self.scaler.migrations.validate()
 
     def _settle(self) -> None:
         """Reconcile until nothing is dirty: a start or stop makes its target dirty again, which then rests."""
@@ -129,7 +141,7 @@ class Machine:
             if not self.ledger.dirty:
                 return
             dirty, self.ledger.dirty = self.ledger.dirty, set()
-            for key in sorted(dirty, key=self._urgency):
+            for key in sorted(dirty, key=self._urgency) if len(dirty) > 1 else dirty:
                 self.scaler.reconcile(key)
                 self.deployments.check_warm(key)
         raise AssertionError("reconciliation does not settle")
@@ -158,13 +170,15 @@ class Machine:
                     self._move_node(node, "expire")
                     self._remove_node(node)
                     estimate.forget(self.state.book, name)
+            elif kind == "move":
+                self.scaler.migrations.due(name)
             elif kind == "check":
                 app, _, number = name.rpartition("|")
                 version = self.ledger.version(app, int(number))
                 if version is not None and version.state == "checking" and version.deadline <= self.ledger.now:
                     self.deployments.give_up(version)
             else:
-                self.ledger.dirty.update(self.state.blocked)
+                self.ledger.room_changed()
 
     # -- restart ---------------------------------------------------------------------------------------------
 
@@ -256,7 +270,7 @@ class Machine:
         else:
             self.ledger.where.remove(node)
         if node.life != event.life:
-            node.templates, node.libs, node.draining = [], [], False
+            node.layers, node.draining, node.cordoned = [], False, event.cordoned
         if before != "up":
             node.since = self.ledger.now
         node.state, node.info, node.life = state, info, event.life
@@ -278,7 +292,7 @@ class Machine:
             record = self.state.targets[key]
             if record.error is not None and record.error.code == "no_capacity":
                 record.error, record.retry_at = None, 0.0
-        self.ledger.dirty.update(self.state.blocked)
+        self.ledger.room_changed()
 
     def _node_lost(self, event: ev.NodeLost) -> None:
         node = self._node(event.name, "silent")
@@ -287,6 +301,7 @@ class Machine:
         node.since = self.ledger.now
         self.ledger.wake(self.ledger.now + FORGET_NODE, f"node|{node.name}")
         self.instances.lose_all(node)
+        self.ledger.room_changed()
         self.deployments.reassign_checks(node.name)
 
     def _node_left(self, event: ev.NodeLeft) -> None:
@@ -294,6 +309,7 @@ class Machine:
         self._move_node(node, "bye")
         self.instances.lose_all(node)
         self._remove_node(node)
+        self.ledger.room_changed()
         self.deployments.reassign_checks(node.name)
 
     def _remove_node(self, node: Node) -> None:
@@ -305,21 +321,34 @@ class Machine:
         node = self._node(event.name, "cordoned")
         node.cordoned = event.cordoned
         self.ledger.where.touch(node.name)
-        if not event.cordoned:
+        if event.cordoned:
+            self.ledger.room_changed()
+        else:
             node.draining = False
             self._room()
 
     def _node_drained(self, event: ev.NodeDrained) -> None:
         node = self._node(event.name, "drained")
         node.cordoned = node.draining = True
+        self._empty(node, "is drained")
+
+    def _node_leaving(self, event: ev.NodeLeaving) -> None:
+        node = self._node(event.name, "leaving")
+        node.cordoned = node.draining = True
+        self._empty(node, "leaves")
+
+    def _empty(self, node: Node, why: str) -> None:
         self.ledger.where.touch(node.name)
+        self.ledger.room_changed()
         for instance in self.ledger.on_node(node.name):
-            self.scaler.stop(instance, f"node {node.name} is drained", None)
+            self.scaler.migrations.empty(instance, f"node {node.name} {why}")
 
     def _node_stats(self, event: ev.NodeStatsSeen) -> None:
         node = self._node(event.name, "stats")
         self.ledger.where.remove(node)
         node.stats = event.stats
+        if event.stats.layers is not None:
+            node.layers = sorted(event.stats.layers)
         self.ledger.where.add(node)
 
     def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:
@@ -350,3 +379,12 @@ class Machine:
         if instance is None:
             raise IllegalTransition(f"instance {event.instance} is absent: event 'stop' is not possible")
         self.scaler.stop(instance, "asked for", event.drain)
+
+    # -- moves -----------------------------------------------------------------------------------------------
+
+    def _migration_asked(self, event: ev.MigrationAsked) -> None:
+        self.scaler.migrations.ask(event.instance, event.node, event.invocations, event.request)
+
+    def _migration_ended(self, event: ev.MigrationEnded) -> None:
+        self._node(event.node, "MIGRATED")
+        self.scaler.migrations.answered(event.node, event.result)

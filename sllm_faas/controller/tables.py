@@ -70,6 +70,20 @@ NODE: Table = {
     ("lost", "expire"): "absent",
 }
 
+MOVE: Table = {
+    ("absent", "asked"): "waiting",
+    ("waiting", "asked"): "waiting",
+    ("waiting", "sent"): "moving",
+    ("waiting", "over"): "absent",
+    ("moving", "asked"): "moving",
+    ("moving", "late"): "resting",
+    ("moving", "kept"): "resting",
+    ("moving", "over"): "absent",
+    ("resting", "asked"): "resting",
+    ("resting", "sent"): "moving",
+    ("resting", "over"): "absent",
+}
+
 LIVE = ("requested", "starting", "ready")
 """Instance states that count as capacity, now or soon."""
 

@@ -7,11 +7,14 @@ import difflib
 from typing import Any
 
 from sllm_faas.controller.ledger import Ledger, resolve
-from sllm_faas.controller.model import App, Instance, Node, StartRecord, TargetState, Version, key_of
+from sllm_faas.controller.model import App, Instance, Move, MoveRecord, Node, StartRecord, TargetState, Version, key_of
 from sllm_faas.errors import ErrorInfo, NotFound
 from sllm_faas.spec import FunctionSpec, Timeline
 
 STATES = ("requested", "starting", "ready", "draining")
+
+QUEUES = 100
+"""Lines of targets that the platform's status has at most."""
 
 Shape = dict[str, Any]
 
@@ -95,6 +98,29 @@ class Views:
             "desired": sum(target["desired"] for target in targets),
             "targets": targets,
             "starts": [start(record, now) for record in self.state.history.get(f"{app_name}/{name}", [])],
+            "moves": [made(record, now) for record in self.state.moved if record.function == f"{app_name}/{name}"],
+            "moving": [
+                self.move(move, now)
+                for move in self.state.moves.values()
+                if (i := self.state.instances[move.source]).target.app == app_name and i.target.function == name
+            ],
+        }
+
+    def move(self, move: Move, now: float) -> Shape:
+        """One that goes on."""
+        to = self.state.instances.get(move.to or self.ledger.replacement(move.source))
+        return {
+            "source": move.source,
+            "from": self.state.instances[move.source].node,
+            "to": to.node if to else move.node or None,
+            "instance": to.id if to else None,
+            "state": move.state,
+            "reason": move.why,
+            "predicted": move.predicted,
+            "age": round(now - move.asked, 3),
+            "tries": move.tries,
+            "next": round(move.due - now, 3) if move.due is not None else None,
+            "invocations": list(move.invocations),
         }
 
     def _targets(self, app: str, function: str) -> list[TargetState]:
@@ -141,10 +167,12 @@ class Views:
             "warmth": instance.warmth,
             "pid": instance.pid,
             "running": instance.running,
+            "tokens": instance.tokens,
             "memory_mb": instance.memory_mb,
             "age": round(now - instance.asked, 3),
             "ready_for": round(now - instance.ready, 3) if instance.ready is not None else None,
             "predicted": instance.predicted,
+            "margin": instance.margin,
             "actual": instance.actual,
             "why": instance.why,
             "timeline": timeline(instance.timeline),
@@ -177,6 +205,8 @@ class Views:
             "labels": dict(info.labels),
             "bandwidth": dict(info.bandwidth),
             "checkpoints": list(node.checkpoints),
+            "resident": list(node.stats.resident) if node.stats else [],
+            "running": sum(instance.running for instance in self.ledger.on_node(node.name)),
             "instances": len(self.ledger.on_node(node.name)),
             "life": node.life,
         }
@@ -189,6 +219,12 @@ class Views:
             "instances_list": [self.instance(instance, now) for instance in self.ledger.on_node(name)],
             "estimates": {key: value for key, value in self.state.book.items() if key.split("|")[1:2] == [name]},
             "starts": [start(record, now) for record in sorted(starts, key=lambda record: -record.at)[:50]],
+            "moves": [made(one, now) for one in self.state.moved if name in (one.source_node, one.to_node)],
+            "moving": [
+                shown
+                for move in self.state.moves.values()
+                if name in ((shown := self.move(move, now))["from"], shown["to"])
+            ],
         }
 
     # -- the whole -------------------------------------------------------------------------------------------
@@ -218,11 +254,32 @@ class Views:
                 for gateway in sorted(self.state.gateways.values(), key=lambda gateway: gateway.name)
             ],
             "apps": self.app_lines(),
+            "queues": self._queues(),
+            "moving": len(self.state.moves),
             "estimates": {
                 "starts": int(self.state.book.get("starts", 0)),
                 "mean_error": self.state.book.get("error"),
             },
         }
+
+    def _queues(self) -> list[Shape]:
+        """Targets that are asked for or have instances, those where most wait first."""
+        lines: list[Shape] = []
+        for key, record in self.state.targets.items():
+            waiting, running = self.ledger.load(key)
+            instances = self.ledger.instances_of(key)
+            if waiting or running or instances:
+                lines.append(
+                    {
+                        "target": str(record.target),
+                        "waiting": waiting,
+                        "running": running,
+                        "desired": record.desired,
+                        "instances": _count(instances),
+                        "blocked": record.blocked or (record.error.message if record.error else ""),
+                    }
+                )
+        return sorted(lines, key=lambda line: (-line["waiting"], -line["running"], line["target"]))[:QUEUES]
 
 
 def error(info: ErrorInfo | None) -> Shape | None:
@@ -246,10 +303,34 @@ def start(record: StartRecord, now: float) -> Shape:
         "warmth": record.warmth,
         "tier": record.tier,
         "predicted": record.predicted,
+        "margin": record.margin,
         "actual": record.actual,
         "why": record.why,
         "timeline": timeline(record.timeline),
         "error": error(record.error),
+        "ended": round(now - record.at, 3),
+    }
+
+
+def made(record: MoveRecord, now: float) -> Shape:
+    """A move that has ended."""
+    result = record.result
+    return {
+        "invocation": f"inv-{result.invocation}",
+        "function": record.function,
+        "from": record.source_node,
+        "source": record.source,
+        "to": record.to_node,
+        "instance": record.to,
+        "outcome": result.outcome,
+        "why": result.why,
+        "reason": record.why,
+        "predicted": record.predicted,
+        "seconds": result.total,
+        "paused": result.paused,
+        "rounds": result.rounds,
+        "tokens": result.tokens,
+        "sent": result.sent,
         "ended": round(now - record.at, 3),
     }
 

@@ -14,7 +14,7 @@ the first. Where there are fewer slots than gateways that want one, the one serv
 starves. A limit is never lowered again before the last grant was acknowledged, so a grant can always be used.
 
 Every method only changes the tables and marks the instance; `settle()` then returns the grants to be sent.
-`open/close`, `connect/disconnect`, `take/give` are pairs. Not here: who is alive, sockets, time.
+`open/close`, `connect/disconnect`, `take/give`, `reserve/unreserve` are pairs. Not here: who is alive, sockets, time.
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ class Share:
 
 @dataclass(slots=True)
 class Ledger:
-    """One instance. `orphans` are running invocations whose gateway is lost."""
+    """One instance. `orphans` are invocations that take a slot and are no gateway's: those whose gateway is lost, and
+    those held for another node. `wished` are slots wanted for more of these."""
 
     capacity: int
     shares: dict[Gateway, Share] = field(default_factory=dict)
     orphans: int = 0
+    wished: set[bytes] = field(default_factory=set)
     announce: set[Gateway] = field(default_factory=set)
     """Gateways to be told their limit even if it does not change."""
     contended: bool = False
@@ -192,6 +194,28 @@ class CreditBook:
         ledger.shares[gateway].in_flight += 1
         self._dirty[instance] = None
 
+    def reserve(self, instance: int, key: bytes) -> bool:
+        """Take a slot for `key`, which is no gateway's (yet). False: none is free; one is called back from whoever does
+        not use it, so ask again after settling, or `unreserve`."""
+        ledger = self._ledgers[instance]
+        self._dirty[instance] = None
+        if not ledger.capacity or ledger.free < 1:
+            ledger.wished.add(key)
+            return False
+        ledger.wished.discard(key)
+        ledger.orphans += 1
+        return True
+
+    def unreserve(self, instance: int, key: bytes, *, taken: bool) -> None:
+        """`key` wants no slot any more; `taken`: it had one."""
+        ledger = self._ledgers.get(instance)
+        if ledger is None:
+            return
+        ledger.wished.discard(key)
+        self._dirty[instance] = None
+        if taken:
+            self.give(instance, None)
+
     def running(self, instance: int) -> int:
         ledger = self._ledgers.get(instance)
         return ledger.running if ledger else 0
@@ -238,9 +262,9 @@ class CreditBook:
         )
 
     def _targets(self, ledger: Ledger) -> dict[Gateway, int]:
-        """What each limit should be. Never more in all than the capacity that orphans leave."""
+        """What each limit should be. Never more in all than the capacity that orphans, and those to come, leave."""
         shares = ledger.shares
-        left = max(0, ledger.capacity - ledger.orphans)
+        left = max(0, ledger.capacity - ledger.orphans - len(ledger.wished))
         targets = dict.fromkeys(shares, 0)
         unmet = sorted((g for g, s in shares.items() if s.usable), key=lambda g: shares[g].served)
         while left and unmet:

@@ -1,24 +1,26 @@
 """The state of one invocation at its gateway, and when it is due to be given up. Pure: the clock is an argument.
 
-    state \\ event   DISPATCH    REFUSE   OUTPUT      FINISH  RETRY    WAKE    CANCEL
-    QUEUED          DISPATCHED  -        -           ENDED   -        -       ENDED
-    BACKOFF         -           -        -           ENDED   -        QUEUED  ENDED
-    DISPATCHED      -           QUEUED   STREAMING   ENDED   BACKOFF  -       CANCELLING
-    STREAMING       -           -        STREAMING   ENDED   -        -       CANCELLING
-    CANCELLING      -           ENDED    CANCELLING  ENDED   -        -       CANCELLING
-    ENDED           -           -        -           -       -        -       -
+    state \\ event   DISPATCH    REFUSE   OUTPUT      FINISH  RETRY    WAKE    RESUME  MOVE        CANCEL
+    QUEUED          DISPATCHED  -        -           ENDED   -        -       -       -           ENDED
+    BACKOFF         -           -        -           ENDED   -        QUEUED  -       -           ENDED
+    DISPATCHED      -           QUEUED   STREAMING   ENDED   BACKOFF  -       QUEUED  DISPATCHED  CANCELLING
+    STREAMING       -           -        STREAMING   ENDED   -        -       QUEUED  DISPATCHED  CANCELLING
+    CANCELLING      -           ENDED    CANCELLING  ENDED   -        -       -       -           CANCELLING
+    ENDED           -           -        -           -       -        -       -       -           -
 
 FINISH is a terminal frame, a loss, or (while it waits) a failure to start. CANCEL is the caller's, a passed deadline's
 or a broken stream's: the caller is answered at once, but the slot stays taken until a terminal frame (CANCELLING).
-RETRY raises the fence, so nothing the earlier attempt still says is believed (`fences`).
+RETRY, RESUME and MOVE raise the fence, so nothing the earlier attempt still says is believed (`fences`). RETRY begins
+anew after a delay; RESUME goes on from the outputs that were believed, on any instance, as soon as there is a slot,
+at most `MAX_RESUMES` times without one more output; MOVE goes on from them where it is held already (`moves`).
 
 Five deadlines, of which at most three run at a time:
 
-    waiting, a ready instance exists   queue         seconds waited under that condition
-    waiting, none is ready             startup       seconds waited under that condition
-    dispatched, no output yet          first_output  since dispatch
-    streaming, the caller has credit   idle          since the last output, or since credit was given again
-    dispatched or streaming            execution     since dispatch
+    waiting, a ready instance exists         queue         seconds waited under that condition
+    waiting, none is ready                   startup       seconds waited under that condition
+    dispatched, no output ever               first_output  since the last dispatch
+    there were outputs, caller has credit    idle          since the last output, dispatch, or credit given again
+    dispatched once                          execution     since the first dispatch; a RETRY begins it anew
 
 A `TargetClock` per target counts how long the target had a ready instance and how long it had none; an invocation
 notes both readings when it begins to wait.
@@ -38,6 +40,8 @@ from sllm_faas.wire.header import NO_LIMIT
 
 CANCEL_INTERVAL = 1.0
 """Seconds after which an unanswered CANCEL is said again."""
+MAX_RESUMES = 3
+"""Resumes in a row without one more output: what it does may be what kills its instances."""
 
 
 class State(Enum):
@@ -56,6 +60,8 @@ class Event(Enum):
     FINISH = "finish"
     RETRY = "retry"
     WAKE = "wake"
+    RESUME = "resume"
+    MOVE = "move"
     CANCEL = "cancel"
 
 
@@ -72,11 +78,15 @@ TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.OUTPUT: State.STREAMING,
             Event.FINISH: State.ENDED,
             Event.RETRY: State.BACKOFF,
+            Event.RESUME: State.QUEUED,
+            Event.MOVE: State.DISPATCHED,
             Event.CANCEL: State.CANCELLING,
         },
         State.STREAMING: {
             Event.OUTPUT: State.STREAMING,
             Event.FINISH: State.ENDED,
+            Event.RESUME: State.QUEUED,
+            Event.MOVE: State.DISPATCHED,
             Event.CANCEL: State.CANCELLING,
         },
         State.CANCELLING: {
@@ -150,11 +160,17 @@ class Invocation:
     credit: int = NO_LIMIT
     """Ordinal up to which the container may send."""
     resume: bytes = b""
-    """What another instance would need to go on, opaque here."""
+    """What the instance it is sent to next needs to go on, opaque here."""
+    resumes: int = 0
+    """RESUMEs of this attempt."""
     dispatched: float = 0.0
+    """When this attempt was dispatched first."""
     first_output: float = 0.0
+    active: float = 0.0
+    """When its last output came, or it was dispatched or given credit after that."""
+    vain: int = 0
+    """RESUMEs since its last output."""
     ended: float = 0.0
-    _active: float = 0.0
     _wake: float = 0.0
     _cancelled: float = 0.0
     _waited: tuple[float, float] = (0.0, 0.0)
@@ -178,7 +194,9 @@ class Invocation:
         self.step(Event.DISPATCH)
         if clock is not None:
             self._waited = (self._used(True, now, clock), self._used(False, now, clock))
-        self.dispatched = self._active = now
+        self.active = now
+        if not self.resumes:
+            self.dispatched = now
 
     def refuse(self, now: float, clock: TargetClock) -> None:
         """It never ran there. Queued again, unless it was being cancelled: then it has ended."""
@@ -193,6 +211,7 @@ class Invocation:
         self.step(Event.RETRY)
         self.attempt += 1
         self.fence += 1
+        self.resumes = self.vain = 0
         self._wake = now + self.retries.delay(self.attempt)
 
     def wake(self, now: float, clock: TargetClock) -> None:
@@ -204,6 +223,29 @@ class Invocation:
     def may_retry(self) -> bool:
         return self.state is State.DISPATCHED and not self.wanted and self.attempt < self.retries.max_retries
 
+    # -- going on elsewhere ----------------------------------------------------------------------------------
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether the table and its luck so far allow it; whether its code can is not known here."""
+        return Event.RESUME in TABLE[self.state] and self.vain < MAX_RESUMES
+
+    def go_on(self, now: float, clock: TargetClock, resume: bytes) -> None:
+        """RESUME: its instance is lost; wait for another one, and go on there from `resume`."""
+        self.step(Event.RESUME)
+        self.fence += 1
+        self.resumes += 1
+        self.vain += 1
+        self.resume = resume
+        self._waited = (0.0, 0.0)
+        self.wait(now, clock)
+
+    def move(self, now: float) -> None:
+        """MOVE: the commit. Who held it silently may speak, and nobody else."""
+        self.step(Event.MOVE)
+        self.fence += 1
+        self.active = now
+
     # -- running ---------------------------------------------------------------------------------------------
 
     def output(self, now: float, items: int) -> None:
@@ -212,7 +254,8 @@ class Invocation:
         if not self.wanted:
             self.first_output = now
         self.wanted += items
-        self._active = now
+        self.active = now
+        self.vain = 0
 
     def give_credit(self, now: float, window: int) -> bool:
         """Let the sender go `window` outputs beyond what was consumed, once half of that is used up.
@@ -223,7 +266,7 @@ class Invocation:
         if self.credit == NO_LIMIT or to - self.credit < max(1, window // 2):
             return False
         if self.blocked:
-            self._active = now
+            self.active = now
         self.credit = min(to, NO_LIMIT - 1)
         return True
 
@@ -245,7 +288,7 @@ class Invocation:
 
     def adopt(self, now: float) -> None:
         """Speak for one that runs already: its clocks begin now."""
-        self.dispatched = self._active = now
+        self.dispatched = self.active = now
 
     # -- deadlines -------------------------------------------------------------------------------------------
 
@@ -253,10 +296,12 @@ class Invocation:
         """What happens next by time alone, and when; None when nothing does."""
         match self.state:
             case State.QUEUED:
+                due = self._execution_due() if self.resumes else None
                 limit = self.timeouts.queue if clock.ready else self.timeouts.startup
                 if limit is None:
-                    return None
-                return Due(now + limit - self._used(clock.ready, now, clock), "queue" if clock.ready else "startup")
+                    return due
+                when = now + limit - self._used(clock.ready, now, clock)
+                return _earlier(due, Due(when, "queue" if clock.ready else "startup"))
             case State.BACKOFF:
                 return Due(self._wake, "retry")
             case State.CANCELLING:
@@ -268,15 +313,17 @@ class Invocation:
     def running_due(self) -> Due | None:
         """`due` of one that runs: it needs no clock."""
         timeouts = self.timeouts
-        due: Due | None = None
-        if timeouts.execution is not None:
-            due = Due(self.dispatched + timeouts.execution, "execution")
-        if self.state is State.DISPATCHED:
+        due = self._execution_due()
+        if not self.wanted:
             if timeouts.first_output is not None:
-                due = _earlier(due, Due(self.dispatched + timeouts.first_output, "first_output"))
+                due = _earlier(due, Due(self.active + timeouts.first_output, "first_output"))
         elif timeouts.idle is not None and not self.blocked:
-            due = _earlier(due, Due(self._active + timeouts.idle, "idle"))
+            due = _earlier(due, Due(self.active + timeouts.idle, "idle"))
         return due
+
+    def _execution_due(self) -> Due | None:
+        limit = self.timeouts.execution
+        return None if limit is None else Due(self.dispatched + limit, "execution")
 
     def _used(self, ready: bool, now: float, clock: TargetClock) -> float:
         index = 0 if ready else 1

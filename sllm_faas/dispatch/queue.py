@@ -45,9 +45,11 @@ class WaitQueue(Generic[W]):
         return self._size
 
     def __contains__(self, item: W) -> bool:
-        return item in self._lines.get(item.target, ())
+        return bool(self._size) and item in self._lines.get(item.target, ())
 
     def waiting(self, target: Target) -> int:
+        if not self._size:
+            return 0  # as nearly always, and this is on the path of every call
         line = self._lines.get(target)
         return len(line) if line else 0
 

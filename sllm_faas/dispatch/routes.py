@@ -150,12 +150,24 @@ class RouteTable:
             raise NotFound(f"The model name {name!r} is ambiguous.", hint=f"Name one of {several}.", param="model")
         raise NotFound(f"The model {name!r} does not exist.", hint=nearest(name, self._models), param="model")
 
+    def served(self, name: str) -> tuple[FunctionRoute, str]:
+        """The language model called `name`, and the adapter: `model:adapter` names one. Raises NotFound."""
+        model, colon, adapter = name.partition(":")
+        route = self.model(model)
+        names = [each.name for each in route.spec.adapters]
+        if colon and adapter not in names:
+            known = [f"{model}:{each}" for each in names]
+            raise NotFound(f"The model {name!r} does not exist.", hint=nearest(name, known), param="model")
+        return route, adapter
+
     def models(self) -> list[tuple[str, FunctionRoute]]:
-        """Every model under its shortest unambiguous name, sorted."""
+        """Every model under its shortest unambiguous name, and its adapters, sorted."""
         out = []
         for (app, name), route in self.functions.items():
             if route.spec.kind == "llm":
-                out.append((name if len(self._models[name]) == 1 else f"{app}/{name}", route))
+                shortest = name if len(self._models[name]) == 1 else f"{app}/{name}"
+                out.append((shortest, route))
+                out += [(f"{shortest}:{adapter.name}", route) for adapter in route.spec.adapters]
         return sorted(out, key=lambda item: item[0])
 
 

@@ -15,6 +15,7 @@ from sllm_gateway.dispatcher import Dispatcher
 from sllm_gateway.handle import Call as Submitted
 from sllm_gateway.handle import Ended, Handle
 
+from sllm_faas.dispatch.resume import way_of
 from sllm_faas.dispatch.routes import Resolved
 from sllm_faas.errors import BadRequest, TooLarge
 from sllm_faas.spec import MAX_PAYLOAD, Timeouts
@@ -71,6 +72,7 @@ class LocalBackend:
             max_queue=spec.max_queue,
             weight=resolved.route.weight,
             caller=call.caller,
+            way=way_of(spec.kind, resolved.method.name, resolved.method),
         )
         return self._dispatcher.submit(submitted), resolved
 

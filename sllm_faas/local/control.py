@@ -40,7 +40,7 @@ class Control:
         node: str,
         start: Callable[[Start], None],
         stop: Callable[[Stop], None],
-        ingest: Callable[[str, CheckpointSpec], Path],
+        ingest: Callable[[str, CheckpointSpec, str], Path],
     ) -> None:
         self.machine = Machine(LIFE)
         self.objects: dict[str, Path] = {}
@@ -140,13 +140,12 @@ class Control:
         for function in check.app.functions:
             if function.checkpoint is not None and error is None:
                 try:
-                    name = f"{check.app.name}-{function.name}"
-                    directory = await asyncio.to_thread(self._ingest, name, function.checkpoint)
+                    for key, checkpoint in function.checkpoints().items():
+                        name, base = f"{check.app.name}-{key.replace(':', '-')}", digests.get(function.name, "")
+                        directory = await asyncio.to_thread(self._ingest, name, checkpoint, base)
+                        digests[key], self.objects[directory.name] = directory.name, directory
                 except SllmError as failed:
                     error = failed
-                else:
-                    digests[function.name] = directory.name
-                    self.objects[directory.name] = directory
         info = to_info(error) if error is not None else None
         self.feed(ev.VersionChecked(self._node, Checked(check.app.name, check.version, info, digests)))
 

@@ -128,7 +128,7 @@ class LocalNode:
         if running is None or running.stop is not None:
             return
         running.stop = body
-        self.core.drain(running.number)
+        self._perform(self.core.drain(running.number, self._loop.time()))
         if running.state == "ready":
             running.state = "draining"
             self._tell(running)

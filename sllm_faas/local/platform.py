@@ -132,7 +132,7 @@ class LocalPlatform:
             return Code(None, "", self.control.objects[checkpoint.digest])
         return Code(_found(found), str(_root(found)))
 
-    def _ingest(self, name: str, checkpoint: CheckpointSpec) -> Path:
+    def _ingest(self, name: str, checkpoint: CheckpointSpec, base: str) -> Path:
         """The object directory of a checkpoint, made on first need. Blocks for as long as that takes."""
         try:
             from sllm_invoker.checkpoints.ingest import ingest
@@ -143,7 +143,7 @@ class LocalPlatform:
             ) from None
         root = self._checkpoints or Config.load()[0].checkpoints_dir
         store = CheckpointStore(root)
-        made = ingest(store, checkpoint.source, name, revision=checkpoint.revision, dtype=checkpoint.dtype)
+        made = ingest(store, checkpoint.source, name, revision=checkpoint.revision, dtype=checkpoint.dtype, base=base)
         return store.path(made.digest)
 
 

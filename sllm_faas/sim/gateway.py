@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sllm_faas.controller import events as ev
 from sllm_faas.dispatch.queue import WaitQueue
@@ -20,7 +21,7 @@ from sllm_faas.sim.results import Samples
 from sllm_faas.sim.scenario import FunctionModel
 from sllm_faas.sim.workload import Request
 from sllm_faas.spec import Target
-from sllm_faas.wire.messages import Grant, TargetDemand
+from sllm_faas.wire.messages import Grant, Migrate, Migrated, MoveResult, TargetDemand
 
 GATHER = 0.1
 """Seconds for which demand that nobody waits on is gathered, as in the gateway."""
@@ -51,6 +52,16 @@ class Call:
 
 
 @dataclass(slots=True)
+class Hand:
+    """A MIGRATE that is being carried out by `node`; answered once all `count` have a result."""
+
+    body: Migrate
+    node: str
+    count: int
+    results: list[MoveResult] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Line:
     """What the controller is to be told of a target."""
 
@@ -70,11 +81,13 @@ class SimGateway:
         samples: Samples,
         tell: Callable[[ev.Event], None],
         *,
-        migrate: bool,
+        tokens: bool,
+        moves: bool,
     ) -> None:
+        """`tokens`: nodes report them; `moves`: what is to move does."""
         self._targets, self._models, self._nodes = targets, models, nodes
         self._clock, self._samples, self._tell = clock, samples, tell
-        self._migrate = migrate
+        self._tells_tokens, self._moves = tokens, moves
         self.queue: WaitQueue[Call] = WaitQueue(1_000_000)
         self.slots = SlotTable()
         self._lines: dict[Target, Line] = {target: Line() for target in targets}
@@ -192,9 +205,6 @@ class SimGateway:
         if instance.state == "ready":
             self._serve(instance.target)
             self._later(instance.target)
-        elif instance.state == "draining" and self._migrate:
-            for call in list(self._lines[instance.target].calls.get((node.name, instance.number), ())):
-                self._move(call)
         elif instance.state == "stopped":
             for call in list(self._lines[instance.target].calls.get((node.name, instance.number), ())):
                 self._preempted(call)
@@ -205,22 +215,46 @@ class SimGateway:
         rate = call.model.per_output
         return min(call.request.output, call.done + (int(spent / rate) if rate and spent > 0 else 0))
 
-    def _move(self, call: Call) -> None:
-        """A round at the destination while it goes on here, then the hand-over, if a slot is there."""
-        if not self.slots.has_free(call.target):
-            return
-        slot = self.slots.reserve(call.target)
-        assert slot is not None
-        recompute = call.model.per_input * (call.request.input + self._tokens(call))
-        turn = call.turn
-        self._clock.after(recompute, lambda: self._commit(call, turn, slot))
+    def migrate(self, source: SimNode, body: Migrate) -> None:
+        """The invokers' and gateways' part of a move: as many as there are slots, then one answer for all."""
+        instance = source.instances.get(body.instance)
+        calls = list(self._lines[instance.target].calls.get((source.name, instance.number), ())) if instance else []
+        move = Hand(body, source.name, len(calls))
+        if not calls:
+            self._answered(move)
+        for call in calls:
+            self._move(call, move)
 
-    def _commit(self, call: Call, turn: int, slot: Instance) -> None:
+    def _move(self, call: Call, move: Hand) -> None:
+        """A round at the destination while it goes on here, then the hand-over, if a slot is there."""
+        # The source takes nothing new, so it is another one's.
+        slot = self.slots.reserve(call.target) if self._moves else None
+        if slot is None:
+            self._moved(move, "kept")
+            return
+        tokens = call.request.input + self._tokens(call)
+        turn, began = call.turn, self._clock.now
+        self._clock.after(call.model.per_input * tokens, lambda: self._commit(call, turn, slot, move, tokens, began))
+
+    def _moved(
+        self, move: Hand, outcome: Literal["moved", "ended", "kept"], seconds: float = 0.0, tokens: int = 0
+    ) -> None:
+        move.results.append(MoveResult("", outcome, total=seconds, paused=PAUSE, tokens=tokens))
+        if len(move.results) == move.count:
+            self._answered(move)
+
+    def _answered(self, move: Hand) -> None:
+        body = move.body
+        self._tell(ev.MigrationEnded(move.node, Migrated(body.migration, body.instance, tuple(move.results))))
+
+    def _commit(self, call: Call, turn: int, slot: Instance, move: Hand, tokens: int, began: float) -> None:
         there = self._nodes[slot.node].instances.get(slot.instance)
         if call.turn != turn or call.slot is None or there is None or there.state != "ready":
             self.slots.release(slot)  # it finished meanwhile, or the destination is gone
             self._serve(call.target)
+            self._moved(move, "ended" if call.slot is None else "kept")
             return
+        self._moved(move, "moved", self._clock.now + PAUSE - began, tokens)
         old = call.slot
         done = self._tokens(call)
         self._samples.counts["migrations"] += 1
@@ -252,7 +286,7 @@ class SimGateway:
         self._flush((call.target,))
 
     def _note_tokens(self, call: Call, instance: Running) -> None:
-        if self._migrate:
+        if self._tells_tokens:
             instance.tokens = call.request.input + call.done
             if instance.state == "ready":
                 self._nodes[call.slot.node if call.slot else ""].report(instance)

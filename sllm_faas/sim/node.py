@@ -33,6 +33,9 @@ class Running:
     tokens: int = 0
     ready: float = 0.0
     timeline: Timeline = field(default_factory=Timeline)
+    tier: Tier | None = None
+    read: tuple[int, float] = (0, 0.0)
+    """Bytes and seconds."""
 
     @property
     def target(self) -> Target:
@@ -95,8 +98,9 @@ class SimNode:
             queued = begin - now
             self._samples.counts[f"bytes {tier}"] += size
         container = self._noisy(self.model.container)
-        spans = (Span("queue", 0.0, queued), Span("load", queued, load, tier))
-        instance.timeline = Timeline(0.0, (*spans, Span("container", queued + load, container)))
+        read = Span("checkpoint", 0.0, queued + load, tier)
+        instance.timeline = Timeline(0.0, (read, Span("attach", 0.0, queued + load + container)))
+        instance.tier, instance.read = tier if size else None, (size, load)
         self._clock.after(queued + load + container, lambda: self._is_ready(instance, digest, size))
 
     def stop(self, stop: Stop) -> None:
@@ -133,6 +137,9 @@ class SimNode:
                     running=instance.in_flight,
                     timeline=instance.timeline if instance.state == "ready" else Timeline(),
                     tokens=instance.tokens,
+                    tier=instance.tier,
+                    read_bytes=instance.read[0],
+                    read_seconds=instance.read[1],
                 ),
             )
         )
@@ -190,7 +197,7 @@ class SimNode:
     def _noisy(self, seconds: float) -> float:
         if not self.model.jitter:
             return seconds
-        return seconds * max(0.2, self._rng.gauss(1.0, self.model.jitter))
+        return seconds * self._rng.lognormvariate(0.0, self.model.jitter)
 
     def settle(self) -> None:
         """Count what still runs when the simulation ends."""

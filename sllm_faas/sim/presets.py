@@ -51,7 +51,7 @@ _OPT_13 = _opt("opt-13b", 16, 26.0, 1, 0.05)
 _OPT_30 = _opt("opt-30b", 8, 60.0, 2, 0.075)
 
 
-_HYDRA_NODE = NodeModel(count=4, remote=2.0, disk=1.0, dram=8.0, container=3.0, jitter=0.05)
+_HYDRA_NODE = NodeModel(remote=2.0, disk=1.0, dram=8.0, container=3.0, jitter=0.05)
 
 
 def _hydra(cv: float) -> Scenario:
@@ -66,6 +66,7 @@ def _hydra(cv: float) -> Scenario:
             gpus=1,
             concurrency=8,
             max_containers=2,
+            scaledown_window=30.0,
             per_input=per_input,
             per_output=per_output,
             input=tin,
@@ -86,8 +87,8 @@ def _hydra(cv: float) -> Scenario:
     return Scenario(
         f"hydraserve-cv{cv:g}",
         nodes=(
-            replace(_HYDRA_NODE, memory_gb=22.0, gpus=1, dram_gb=120.0),
-            replace(_HYDRA_NODE, memory_gb=128.0, gpus=4, dram_gb=240.0),
+            replace(_HYDRA_NODE, count=8, memory_gb=22.0, gpus=1, dram_gb=142.0),
+            replace(_HYDRA_NODE, count=4, memory_gb=128.0, gpus=4, dram_gb=182.0),
         ),
         functions=functions,
         load=LoadModel("gamma", rate=0.7, cv=cv, popularity=1.0, per_function=True),
@@ -96,13 +97,18 @@ def _hydra(cv: float) -> Scenario:
         rates=(0.6, 0.7, 0.8),
         assumptions=(
             "from HydraServe's public artifact: 6 x 64 models of 13 and 25 GB, time-to-first-token promises of 7.5 and"
-            " 12 s (five times that for summaries), 42 and 58 ms per token, 4 servers with one 22 GB GPU and 4 with"
-            " four 32 GB GPUs, 16 Gbit/s each",
-            "assumed: 3 s to a ready runtime, 8 GB/s from DRAM to a GPU, DRAM cache of about two thirds of the memory,"
-            " nothing cached at first; `memory_gb` is the GPUs' memory, so 25 GB models only go to 32 GB GPUs",
-            "assumed: Zipf popularity 1.0, lengths like ShareGPT, HumanEval and LongBench; 8 requests batched"
-            " at no cost",
-            "its arrivals are an Azure trace of 2021 scaled to a CV; ours are Gamma with that CV for each model",
+            " 12 s (five times that for summaries), 42 and 58 ms per token, 8 requests at once, kept 30 s after the"
+            " last; 2 servers with four 22 GB GPUs and 64 Gbit/s, 4 with four 32 GB GPUs and 16 Gbit/s; DRAM cache"
+            " 0.9 x memory - 4 x (GPU memory + 4) - 5 GB; nothing cached at first; storage is never the bottleneck",
+            "assumed: a server with 22 GB GPUs is four nodes with a quarter of its network and cache each, because"
+            " `memory_gb` is the GPUs' memory and 25 GB models only go to 32 GB GPUs",
+            "assumed: 3 s to a ready runtime (the artifact's planner takes 2 s for HydraServe's own, none is given for"
+            " ServerlessLLM's), 8 GB/s from DRAM to a GPU, 0.3 and 0.55 ms per prompt token, at most 2 instances of a"
+            " model, a batch slows nobody down",
+            "assumed: Zipf popularity 1.0, lengths like ShareGPT, HumanEval and LongBench; its arrivals are the Azure"
+            " functions of two weeks in 2021, one or two to a model, squeezed into an hour and redrawn with a CV;"
+            " ours are Gamma with that CV for each model",
+            "its promises count the first token alone, as ours do",
         ),
     )
 

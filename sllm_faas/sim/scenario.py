@@ -35,7 +35,7 @@ class NodeModel:
     container: float = 0.05
     """Seconds to a process that can load, whatever it is to load: workers are warm."""
     jitter: float = 0.0
-    """Standard deviation of a load's or start's time, as a part of it."""
+    """Spread of a load's or start's time around its median: standard deviation of its logarithm, so about that part."""
     delay: float = 0.0005
     """Seconds a message takes, each way."""
 

@@ -35,7 +35,8 @@ class Simulation:
         self._arrivals: Iterator[Request] = requests(scenario, random_of(rng))
         self.clock, self.samples = Clock(), Samples()
         migrate = scenario.migrate
-        self.machine = Machine("sim", policy=POLICIES[policy](random_of(rng)), migrate=migrate and policy in SEES_BUSY)
+        chosen = POLICIES[policy](random_of(rng))
+        self.machine = Machine("sim", policy=chosen, migrate=migrate and policy in SEES_BUSY)
         self._models = expand(scenario.functions)
         self._delay = max(node.delay for node in scenario.nodes)
         self._alarm: float | None = None
@@ -51,7 +52,8 @@ class Simulation:
             self.clock,
             self.samples,
             self._tell,
-            migrate=migrate and policy in MOVING,
+            tokens=migrate and policy in SEES_BUSY,
+            moves=policy in MOVING,
         )
         self._feed(restored)
         self._feed(ev.GatewayUp(NAME, "1"))
@@ -151,6 +153,12 @@ class Simulation:
                 if stop.reason.startswith("evicted"):
                     self.samples.counts["evictions"] += stop.drain is None
                 self.clock.after(self._delay, lambda node=node, stop=stop: node.stop(stop))  # type: ignore[misc]
+            elif isinstance(command, cmd.SendMigrate):
+                source, migrate = self.nodes[command.node], command.body
+                self.clock.after(
+                    self._delay,
+                    lambda source=source, migrate=migrate: self.gateway.migrate(source, migrate),  # type: ignore[misc]
+                )
             elif isinstance(command, cmd.FailTarget):
                 self.gateway.fail(command.body.target)
         deadline = self.machine.next_deadline()

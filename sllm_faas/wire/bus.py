@@ -5,10 +5,11 @@ Not a protocol: who says what is in `messages`, who is alive in `liveness`. Two 
     Router(endpoint, on_message)   binds; on_message(peer, parts); send(peer, parts)
     Dealer(endpoint, identity, on_message)   connects; on_message(parts); send(parts)
 
-`memory.py` has both ends without sockets. Invariants: a send never blocks and never silently drops — it goes
-out, waits in a bounded outbox, or raises `PeerGone` / `PeerBusy`; everything readable is drained in one wake-up
-(the ZeroMQ descriptor is edge-triggered: stopping early would lose the wake-up), at most `BURST` messages before
-other callbacks get their turn.
+`memory.py` has both ends without sockets. Invariants: a send never blocks and never silently drops — it waits in a
+bounded outbox until the end of the wake-up, where everything goes out together (waking ZeroMQ's own thread costs more
+than a message), or it raises `PeerGone` / `PeerBusy`; everything readable is drained in one wake-up (the ZeroMQ
+descriptor is edge-triggered: stopping early would lose the wake-up), at most `BURST` messages before other callbacks
+get their turn.
 
 Over TCP every socket is CURVE, and a Router lets in only the keys its `allow` predicate names.
 """
@@ -25,27 +26,16 @@ from pathlib import Path
 
 import zmq
 
-from sllm_faas.errors import BadSpec, PlatformError
+from sllm_faas.errors import BadSpec
 from sllm_faas.wire.messages import MAX_FRAME
+from sllm_faas.wire.peers import Parts, PeerBusy, PeerGone
 
 HIGH_WATER = 10_000
 OUTBOX = 20_000
 BURST = 256
 _RETRY = 0.002
 
-Parts = list[bytes]
-
-
-class PeerGone(PlatformError):
-    """No such peer is connected."""
-
-    code = "peer_gone"
-
-
-class PeerBusy(PlatformError):
-    """The peer does not read: its high-water mark and outbox are full. It is to be treated as lost."""
-
-    code = "peer_busy"
+__all__ = ["CurveKeys", "Dealer", "Parts", "PeerBusy", "PeerGone", "Router", "check_endpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +108,8 @@ class _Socket(ABC):
         self._fd = descriptor
         self._reading = False
         self._scheduled = False
+        self._flushing = False
+        self._retrying = False
         self._closed = False
 
     def _start(self) -> None:
@@ -148,17 +140,37 @@ class _Socket(ABC):
             return
         self._schedule()
 
-    def _sent(self) -> None:
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._closed:
+            return
+        if not self._write() and not self._retrying:
+            self._retrying = True
+            self._loop.call_later(_RETRY, self._retry)
         if readable(self._zmq):
             self._schedule()
+
+    def _retry(self) -> None:
+        self._retrying = False
+        self._flush()
+
+    @abstractmethod
+    def _write(self) -> bool:
+        """Send what waits. False when some of it has to wait longer."""
 
     @abstractmethod
     def _deliver(self, parts: Parts) -> None: ...
 
     def close(self) -> None:
-        """Idempotent. What was sent and not yet written is dropped."""
+        """Idempotent. What ZeroMQ has not taken or written by now is dropped."""
         if self._closed:
             return
+        self._write()
         self._closed = True
         if self._reading:
             self._loop.remove_reader(self._fd)
@@ -199,49 +211,40 @@ class Dealer(_Socket):
         """Raises PeerBusy when the outbox is full, PeerGone after close()."""
         if self._closed:
             raise PeerGone(f"link to {self.endpoint} is closed")
-        if self._outbox:
-            self._put_aside(parts)
-            return
-        try:
-            send_parts(self._zmq, parts)
-        except zmq.Again:
-            self._put_aside(parts)
-            return
-        self._sent()
-
-    def _put_aside(self, parts: Parts) -> None:
         if len(self._outbox) >= OUTBOX:
             raise PeerBusy(f"{self.endpoint} does not read: {OUTBOX} messages wait")
         self._outbox.append(parts)
-        if len(self._outbox) == 1:
-            self._loop.call_later(_RETRY, self._flush)
+        self._flush_soon()
 
-    def _flush(self) -> None:
-        if self._closed:
-            return
+    def _write(self) -> bool:
+        outbox = self._outbox
         try:
-            while self._outbox:
-                send_parts(self._zmq, self._outbox[0])
-                self._outbox.popleft()
+            while outbox:
+                send_parts(self._zmq, outbox[0])
+                outbox.popleft()
         except zmq.Again:
-            self._loop.call_later(_RETRY, self._flush)
-        self._sent()
+            return False
+        return True
 
 
 class Router(_Socket):
-    """The binding end. Peers are named by the identity they connected with."""
+    """The binding end. Peers are named by the identity they connected with.
+
+    `on_gone(peer)` is called when there turns out to be no peer to send to."""
 
     def __init__(
         self,
         endpoint: str,
         on_message: Callable[[bytes, Parts], None],
         *,
+        on_gone: Callable[[bytes], None] = lambda _: None,
         keys: CurveKeys | None = None,
         mode: int = 0o700,
     ) -> None:
         check_endpoint(endpoint, keys is not None)
         super().__init__(zmq.ROUTER)
         self._on_message = on_message
+        self._on_gone = on_gone
         self._outbox: dict[bytes, deque[Parts]] = {}
         self._zmq.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._zmq.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -266,48 +269,34 @@ class Router(_Socket):
         self._on_message(parts[0], parts[1:])
 
     def send(self, peer: bytes, parts: Parts) -> None:
-        """Raises PeerGone for an unknown peer, PeerBusy when the peer's outbox is full."""
+        """Raises PeerBusy when the peer's outbox is full, PeerGone after close()."""
         if self._closed:
             raise PeerGone(f"{self.endpoint} is closed")
-        if peer in self._outbox:
-            self._put_aside(peer, parts)
-            return
-        try:
-            send_parts(self._zmq, (peer, *parts))
-        except zmq.Again:
-            self._put_aside(peer, parts)
-            return
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
-                raise PeerGone(f"no peer {peer!r} at {self.endpoint}") from None
-            raise
-        self._sent()
-
-    def _put_aside(self, peer: bytes, parts: Parts) -> None:
-        queue = self._outbox.setdefault(peer, deque())
-        if len(queue) >= OUTBOX:
+        queue = self._outbox.get(peer)
+        if queue is None:
+            queue = self._outbox[peer] = deque()
+        elif len(queue) >= OUTBOX:
             raise PeerBusy(f"peer {peer!r} does not read: {OUTBOX} messages wait")
         queue.append(parts)
-        if len(queue) == 1:
-            self._loop.call_later(_RETRY, self._flush, peer)
+        self._flush_soon()
 
-    def _flush(self, peer: bytes) -> None:
-        queue = self._outbox.get(peer)
-        if self._closed or queue is None:
-            return
-        try:
-            while queue:
-                send_parts(self._zmq, (peer, *queue[0]))
-                queue.popleft()
-        except zmq.Again:
-            self._loop.call_later(_RETRY, self._flush, peer)
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            queue.clear()
-        if not queue:
+    def _write(self) -> bool:
+        gone: list[bytes] = []
+        for peer, queue in list(self._outbox.items()):
+            try:
+                while queue:
+                    send_parts(self._zmq, (peer, *queue[0]))
+                    queue.popleft()
+            except zmq.Again:
+                continue
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                gone.append(peer)
             del self._outbox[peer]
-        self._sent()
+        for peer in gone:
+            self._on_gone(peer)
+        return not self._outbox
 
     def forget(self, peer: bytes) -> None:
         """Drop what waits for a peer that is lost."""

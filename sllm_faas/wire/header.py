@@ -6,7 +6,8 @@
 
 `route`   number of an instance on its invoker (gateway -> invoker), 0 elsewhere.
 `fence`   who may speak for the invocation; receivers drop frames under an older one.
-`seq`     ordinal of the first output in the frame (OUTPUT), or outputs sent in all (DONE, FAILED).
+`seq`     ordinal of the first output in the frame (OUTPUT) or of the first to come (INVOKE, HOLD, ACTIVATE), or
+          outputs sent in all (DONE, FAILED).
 `items`   outputs in the frame.
 `credit`  absolute: the sender of outputs may go up to this ordinal. Absolute, so a lost or repeated frame
           neither leaks nor invents credit.
@@ -45,6 +46,15 @@ class Type(IntEnum):
     WANT = 19  # gateway -> invoker: this many more slots would be used
     ADOPT = 20  # gateway -> invoker: an orphan is mine from here; header.seq = first output wanted
 
+    # a move of a running invocation, see `sllm_faas.dispatch.moves`
+    HOLD = 21  # source invoker -> destination invoker -> container: compute this and keep silent; again: up to here
+    SNAPSHOT = 22  # invoker -> container: (no body) tell your resume state
+    PAUSE = 23  # invoker -> container: (no body) say nothing beyond the next boundary, tell your resume state
+    CONTINUE = 24  # invoker -> container: (no body) the pause is over
+    COMMITTED = 25  # gateway -> source invoker: (no body) the fence is raised, this one is over here
+    KEPT = 26  # gateway -> source invoker: (no body) not moved, go on
+    ACTIVATE = 27  # gateway -> destination invoker -> container: speak, from output header.seq on
+
     # container -> invoker -> gateway
     OUTPUT = 32  # body: msgpack array of payloads
     DONE = 33  # terminal
@@ -53,6 +63,9 @@ class Type(IntEnum):
     REFUSED = 36  # invoker -> gateway: never ran; queue it again
     GRANT = 37  # invoker -> gateway: slots it may use, absolute
     ADOPTED = 38
+    STATE = 39  # container -> invoker: answers SNAPSHOT and PAUSE; the header.seq outputs it stands for precede it
+    HELD = 40  # container -> invoker -> source invoker: (no body) computed and silent, up to output header.seq
+    MOVED = 41  # source invoker -> gateway: paused after output header.seq and held elsewhere: commit or keep
 
     # controller <-> invoker
     START = 48
@@ -66,6 +79,9 @@ class Type(IntEnum):
     PROGRESS = 56
     BUNDLE_GET = 57
     BUNDLE_PART = 58
+    MIGRATE = 59  # controller -> source invoker
+    MIGRATED = 60  # source invoker -> controller
+    LEAVING = 61  # invoker -> controller: (no body) the node was given notice; take from it what runs
 
     # controller <-> gateway
     ROUTES = 64  # the whole table
@@ -78,6 +94,7 @@ class Type(IntEnum):
     START_FAILED = 81
     LOG = 82
     SHUTDOWN = 83  # invoker -> container: finish, run exit hooks, leave
+    CONTEXT = 84  # container -> invoker: (no body) header.seq tokens are in the contexts of what runs in it
 
 
 class Header(NamedTuple):

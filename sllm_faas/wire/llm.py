@@ -22,7 +22,7 @@ class LlmRequest:
     Ranges are checked by the gateway. `seed` is always set (the gateway draws one if the client did not);
     choice i uses `choice_seed(seed, i)`. A prompt is text or token ids. With several prompts, choice
     i of prompt p has index p * n + i, as OpenAI defines. `max_tokens` None: up to the model's context.
-    `logprobs` None: none wanted; k: the drawn token's and the k best.
+    `logprobs` None: none wanted; k: the drawn token's and the k best. `adapter` is one of the function's, or empty.
     """
 
     messages: tuple[dict[str, Any], ...] = ()
@@ -39,6 +39,7 @@ class LlmRequest:
     logprobs: int | None = None
     echo: bool = False
     ignore_eos: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class LlmEmbeddings:
 @dataclass(frozen=True, slots=True)
 class LlmResume:
     """Resume state of `chat` and `complete` (`Invoke.resume`), by choice: the tokens delivered under earlier
-    fences, and how the choice ended if it had. Their text is not sent again."""
+    fences, and how the choice ended if it had. Their text is not sent again. The last choices may be left out when
+    they have said nothing."""
 
     tokens: tuple[tuple[int, ...], ...]
     finish: tuple[FinishReason | None, ...]

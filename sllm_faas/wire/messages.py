@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.spec import AppSpec, CheckpointSpec, Encoding, FunctionSpec, Target, Timeline, Warmth
+from sllm_faas.spec import AppSpec, CheckpointSpec, Encoding, FunctionSpec, Target, Tier, Timeline, Warmth
 from sllm_faas.wire.header import Type
 
 INLINE_LIMIT = 64 * 1024
@@ -28,7 +28,8 @@ class InstanceReport:
     """What an invoker knows of one of its instances: sent on every change, and all of them in `Hello`.
 
     `number` is its `route` on this invoker. `timeline` is that of its start, complete once ready; its spans are
-    fork, import/attach, enter …, with the checkpoint's tier and GB/s in their details.
+    libs and template where those layers were missing (detail: made, or awaited), fork, checkpoint, import/attach,
+    enter …, with the checkpoint's tier and GB/s in their details.
     """
 
     instance: str
@@ -44,6 +45,13 @@ class InstanceReport:
     error: ErrorInfo | None = None
     tokens: int = 0
     """In the contexts of what runs there, where they are known."""
+    tier: Tier | None = None
+    """Where its start found the checkpoint; None: it has none, or it is not known yet."""
+    read_bytes: int = 0
+    read_seconds: float = 0.0
+    """What was read for it, by itself or by another start that it shared the read with."""
+    served: bool = False
+    """It has answered an invocation, or a part of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class NodeInfo:
     """Calibrated bytes per second by tier."""
     checkpoints: tuple[str, ...] = ()
     """Digests of the objects on its disk."""
+    host: str = ""
+    """The machine it is on, where that is known: nodes of one machine share its cores and disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +186,8 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """`found`: the invocation is here and now this gateway's; its outputs from `header.seq` follow.
+    """`found`: the invocation is here and now this gateway's; its outputs from `header.seq` follow: from the one asked
+    for, or from the first under this fence where they are all kept.
 
     `status` says why not otherwise: unknown here, owned by a gateway that lives, or its window is past.
     """
@@ -188,7 +199,80 @@ class Adopted:
     instance: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ResumeState:
+    """What another instance needs to go on after output header.seq: opaque to everybody but an instance.
+
+    `possible` False: this call cannot go on elsewhere. `paused`: it says nothing more until CONTINUE.
+    `tokens`: in its context, of a language model.
+    """
+
+    resume: bytes = b""
+    possible: bool = True
+    paused: bool = False
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where the invocation is held: by `node`, in its instance `instance`, there known as `number`."""
+
+    node: str
+    instance: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """header.fence is the raised one, header.seq the outputs delivered, `resume` the state after them."""
+
+    resume: bytes = b""
+
+
 # -- controller and invoker ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Move running invocations of `instance` to the ready instance `to` of the same target on `node`.
+
+    `endpoint` and `curve_key` are that node's, `number` its own number for the instance. `invocations` are hex ids;
+    none: all that run there. One MIGRATED answers it.
+    """
+
+    migration: str
+    instance: str
+    node: str
+    endpoint: str
+    to: str
+    number: int
+    curve_key: str = ""
+    invocations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MoveResult:
+    """How the move of one invocation went. Seconds: `total` from MIGRATE, `paused` from PAUSE to the gateway's word.
+
+    `ended`: it was over before. `kept`: it goes on where it was, `why` says why. `tokens`: of its context when it was
+    committed (outputs where it is no language model); `sent`: bytes of resume state.
+    """
+
+    invocation: str
+    outcome: Literal["moved", "ended", "kept"]
+    why: str = ""
+    total: float = 0.0
+    paused: float = 0.0
+    rounds: int = 0
+    tokens: int = 0
+    sent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    migration: str
+    instance: str
+    results: tuple[MoveResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +310,7 @@ class Checked:
     version: int
     error: ErrorInfo | None = None
     checkpoints: dict[str, str] = field(default_factory=dict)
-    """function name -> digest of its checkpoint's object."""
+    """function name, `name:adapter` for an adapter -> digest of the object."""
     sizes: dict[str, int] = field(default_factory=dict)
     """digest -> bytes."""
 
@@ -236,6 +320,8 @@ class Ingest:
     request: str
     checkpoint: CheckpointSpec
     name: str = ""
+    base: str = ""
+    """For an adapter, the name or digest of what it adapts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +366,8 @@ class NodeStats:
     instances: int
     resident: tuple[str, ...] = ()
     """Digests of the checkpoints that are whole in its DRAM tier."""
+    layers: tuple[str, ...] | None = None
+    """Keys of the warmth layers that exist there (`sllm_faas.layers`); None: it does not tell."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------
@@ -362,7 +450,6 @@ class Ready:
     """The instance serves. `timeline` holds its own spans (import, attach, enter)."""
 
     timeline: Timeline
-    memory_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +497,12 @@ BODIES: dict[Type, type] = {
     Type.REFUSED: Refused,
     Type.GRANT: Grant,
     Type.ADOPTED: Adopted,
+    Type.HOLD: Invoke,
+    Type.STATE: ResumeState,
+    Type.MOVED: Moved,
+    Type.ACTIVATE: Activate,
+    Type.MIGRATE: Migrate,
+    Type.MIGRATED: Migrated,
     Type.START: Start,
     Type.STOP: Stop,
     Type.CHECK: Check,

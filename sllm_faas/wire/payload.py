@@ -414,9 +414,13 @@ def decode_result(encoding: Encoding, payload: bytes, resolve: Resolve = loaded_
 
 
 class _JsonEncoder:
+    def __init__(self) -> None:
+        self._encode = json.JSONEncoder(
+            default=self.default, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+        ).encode
+
     def pack(self, value: object) -> bytes:
-        text = json.dumps(value, default=self.default, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        return text.encode()
+        return self._encode(value).encode()
 
     def default(self, value: Any) -> object:
         if isinstance(value, enum.Enum):
@@ -437,23 +441,32 @@ class _JsonEncoder:
         raise TypeError(f"a value of type {type_name(type(value))} has no JSON form")
 
 
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+# Made once: both cost more to make than to use.
+_json = _JsonEncoder()
+_scan_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
 def to_json(value: object, what: str = "the result") -> bytes:
     """UTF-8 JSON: dataclasses and models as objects, arrays as lists, bytes as base64 text, durations as
     seconds. Raises BadResult (a NaN or an infinity is refused: JSON has none)."""
     try:
-        return _JsonEncoder().pack(value)
+        return _json.pack(value)
     except _ENCODE_ERRORS as cause:
         raise _cannot(value, cause, _JsonEncoder, BadResult, what) from None
 
 
 def from_json(data: bytes) -> Any:
-    """Raises BadRequest when `data` is not JSON as RFC 8259 has it (no NaN)."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
+    """Raises BadRequest when `data` is not JSON as RFC 8259 has it (UTF-8, no NaN)."""
     try:
-        return json.loads(data, parse_constant=refuse)
+        text = data.decode().strip(" \t\n\r")
+        value, end = _scan_json(text)
+        if end != len(text):
+            raise ValueError(f"more follows after character {end}")
+        return value
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"not valid JSON: {error}.") from None
 

@@ -18,7 +18,14 @@ ROOTS = {
     "sllm_invoker": ROOT / "invoker/sllm_invoker",
 }
 GROUND = ("sllm_faas.errors", "sllm_faas.spec")
-LEAVES = ("sllm_faas.modules", "sllm_faas.imports", "sllm_faas.parameters", "sllm_faas.bundle", "sllm_faas.config")
+LEAVES = (
+    "sllm_faas.modules",
+    "sllm_faas.imports",
+    "sllm_faas.parameters",
+    "sllm_faas.bundle",
+    "sllm_faas.config",
+    "sllm_faas.layers",
+)
 SHARED = (*GROUND, *LEAVES, "sllm_faas.logging", "sllm_faas.stopping", "sllm_faas.wire")
 
 # A room and what it may import of ours, longest prefix first. A room may always import itself.
@@ -27,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.spec": (),
     "sllm_faas.bundle": GROUND,
     "sllm_faas.config": GROUND,
+    "sllm_faas.layers": GROUND,
     "sllm_faas.logging": (*GROUND, "sllm_faas.config"),
     "sllm_faas.modules": GROUND,
     "sllm_faas.imports": (*GROUND, "sllm_faas.modules"),
@@ -37,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),
     "sllm_faas.sim": (*SHARED, "sllm_faas.dispatch", "sllm_faas.controller"),
     "sllm_gateway": (*SHARED, "sllm_faas.dispatch"),
-    "sllm_invoker.checkpoints": (*SHARED, "sllm_invoker.runner.attach"),
+    "sllm_invoker.checkpoints": (*SHARED, "sllm_invoker.runner.attach", "sllm_invoker.runner.quantized"),
     "sllm_invoker.runner": (*SHARED, "sllm_invoker.checkpoints", "sllm._runtime", "sllm._context"),
     "sllm_invoker": (*SHARED, "sllm_faas.dispatch"),
     "sllm.testing": ("sllm", "sllm_faas.local"),
@@ -49,6 +57,7 @@ IMPURE = {"asyncio", "zmq", "torch", "time", "random", "threading", "socket", "s
 PURE = [
     "sllm_faas/spec.py",
     "sllm_faas/errors.py",
+    "sllm_faas/layers.py",
     "sllm_faas/wire/header.py",
     "sllm_faas/wire/messages.py",
     "sllm_faas/wire/liveness.py",

@@ -10,6 +10,7 @@ import xxhash
 from sllm_invoker.checkpoints.object import (
     CHUNK_BYTES,
     DATA_ALIGNMENT,
+    FORMAT_VERSION,
     CheckpointObject,
     Layout,
     Manifest,
@@ -32,11 +33,11 @@ def make_object(root: Path, seed: int, size: int) -> CheckpointObject:
     tensor = TensorEntry("w", "U8", (len(data),), 0, len(data))
     part = Part("part-0-of-1.safetensors", len(content), DATA_ALIGNMENT, f"{seed}", tuple(chunks), (tensor,), ())
     layout = Layout(1, "0", "uint8")
-    digest = identity(layout, (part,), ())
+    digest = identity(layout, (part,), (), "")
     manifest = Manifest(
-        format=1, digest=digest, source=Source(f"seed-{seed}", ""), layout=layout, architecture="None", parts=(part,),
-        ties={}, files=(), parameters=len(data), total_bytes=len(content), kv_bytes_per_token=0, max_context=1,
-        vocabulary=1, generates=False, batched=False, chat_template=False,
+        format=FORMAT_VERSION, digest=digest, source=Source(f"seed-{seed}", ""), layout=layout, architecture="None",
+        parts=(part,), ties={}, files=(), parameters=len(data), total_bytes=len(content),
+        kv_bytes_per_token=0, max_context=1, vocabulary=1, generates=False, batched=False, chat_template=False,
     )  # fmt: skip
     directory = root / "objects" / digest
     directory.mkdir(parents=True)

@@ -240,12 +240,12 @@ def test_the_config_must_name_one_architecture(store, source, edit_json, archite
     refused(store, source, BadSpec, "one architecture")
 
 
-def test_a_quantised_model_is_refused(store, source, edit_json):
+def test_plain_weights_that_the_config_calls_quantised_are_refused(store, source, edit_json):
     edit_json(source / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    refused(store, source, BadSpec, "quantised")
+    refused(store, source, CheckpointIncomplete, "quantised by its config, and its weight is not")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/model", "https://host/model", "file:///etc"])
+@pytest.mark.parametrize("url", ["gs://bucket/model", "ftp://host/model", "file:///etc"])
 def test_urls_are_refused_by_scheme(store, url):
     refused(store, url, BadSpec, f"{url.split(':')[0]}:// sources are not supported")
 

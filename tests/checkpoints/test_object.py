@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from sllm_invoker.checkpoints.object import (
     TENSOR_ALIGNMENT,
     open_object,
     read_header,
+    read_manifest,
     verify_object,
     write_manifest,
 )
@@ -155,7 +157,7 @@ def test_a_missing_file_is_named(checkpoint, name):
         open_object(checkpoint.directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": "one"}', "\x00\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 2}', '{"format": "one"}', "\x00\xff"])
 def test_a_manifest_that_is_not_one_is_corrupt(checkpoint, text):
     (checkpoint.directory / "manifest.json").write_text(text)
     with pytest.raises(CheckpointCorrupt, match="not a manifest"):
@@ -175,10 +177,28 @@ def test_a_file_name_cannot_leave_the_directory(checkpoint):
         open_object(checkpoint.directory)
 
 
-def test_a_manifest_that_was_edited_does_not_match_its_digest(checkpoint, edit_json):
-    edit_json(checkpoint.directory / "manifest.json", layout={"version": 1, "transformers": "0", "dtype": "float32"})
+def test_a_manifest_that_was_edited_is_corrupt(checkpoint, edit_json):
+    edit_json(checkpoint.directory / "manifest.json", source={"name": "another", "digest": "0"})
+    with pytest.raises(CheckpointCorrupt, match="checksum"):
+        open_object(checkpoint.directory)
+
+
+def test_a_manifest_of_other_contents_does_not_match_its_digest(checkpoint):
+    layout = dataclasses.replace(checkpoint.manifest.layout, transformers="0")
+    write_manifest(checkpoint.directory, dataclasses.replace(checkpoint.manifest, layout=layout))
     with pytest.raises(CheckpointCorrupt, match="digest"):
         open_object(checkpoint.directory)
+
+
+def test_a_flipped_byte_of_a_manifest_is_noticed_wherever_it_is(checkpoint):
+    path, chance = checkpoint.directory / "manifest.json", random.Random(5)
+    raw = path.read_bytes()
+    for at in range(chance.randrange(8), len(raw), 8):
+        changed = bytearray(raw)
+        changed[at] ^= chance.randrange(1, 256)
+        path.write_bytes(changed)
+        with pytest.raises((CheckpointCorrupt, BadSpec)):
+            read_manifest(checkpoint.directory)
 
 
 def test_a_changed_byte_is_found_by_verify_with_its_chunk(checkpoint):

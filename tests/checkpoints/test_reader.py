@@ -47,7 +47,7 @@ def make() -> Iterator[Callable[..., Reader]]:
     made: list[Reader] = []
 
     def build(**options: object) -> Reader:
-        made.append(Reader(piece=CHUNK_BYTES, **options))  # type: ignore[arg-type]
+        made.append(Reader(piece=CHUNK_BYTES, **{"at_once": 1, **options}))  # type: ignore[arg-type]
         return made[-1]
 
     yield build
@@ -85,6 +85,49 @@ def test_what_lands_is_the_file_and_the_watermark_never_goes_back(make, path, da
     assert reading.done.result(30).bytes == SIZE
     assert b"".join(target)[:SIZE] == data
     assert seen == [CHUNK_BYTES, 2 * CHUNK_BYTES, SIZE]
+
+
+def test_what_lands_out_of_order_is_checked_in_order(make, path, data):
+    target, seen = memory(), []
+    overtaken = threading.Event()
+
+    class Slow(DirectFile):
+        """Its first chunk lands after the second."""
+
+        def read(self, view: memoryview, offset: int) -> int:
+            if offset == 0:
+                assert overtaken.wait(30)
+            count = super().read(view, offset)
+            if offset == CHUNK_BYTES:
+                overtaken.set()
+            return count
+
+    reading = make(at_once=2, open_file=Slow).read(path, part_of(data), target, on_progress=seen.append)
+    reading.done.result(30)
+    assert b"".join(target)[:SIZE] == data
+    assert seen == [CHUNK_BYTES, 2 * CHUNK_BYTES, SIZE]
+
+
+def test_a_failing_call_lets_the_other_one_end_before_its_reading_is_over(make, path, data):
+    inside, fail = threading.Event(), threading.Event()
+
+    class Failing(DirectFile):
+        def read(self, view: memoryview, offset: int) -> int:
+            if offset == 0:
+                assert inside.wait(30)
+                raise OSError(errno.EIO, "the disk failed")
+            inside.set()
+            assert fail.wait(30)
+            return super().read(view, offset)
+
+    reading = make(at_once=2, open_file=Failing).read(path, part_of(data), memory())
+    assert inside.wait(30)
+    while reading.error is None:
+        pass
+    assert not reading.done.done(), "somebody still writes to its memory"
+    fail.set()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        reading.done.result(30)
 
 
 def test_where_direct_reads_are_refused_it_reads_through_the_page_cache(make, data, monkeypatch):

@@ -8,14 +8,20 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sllm_invoker.checkpoints.channel import Resident
 from sllm_invoker.checkpoints.object import CheckpointObject
+from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
+from sllm_invoker.logs import LogBook
 from sllm_invoker.memory_tier import MemoryTier, Opening
+from sllm_invoker.requests import Requests
 
 from sllm_faas.errors import CheckpointCorrupt
+from sllm_faas.wire.codec import pack, unpack_as
+from sllm_faas.wire.messages import Reply, Request
 from tests.checkpoints.objects import checksum, make_object
 
 READER = """
@@ -255,3 +261,39 @@ async def test_a_pinned_checkpoint_stays(node, a, b, tmp_path):
     (tmp_path / "pins" / a.digest).touch()
     assert (await (await node.attach(b)).hear()).endswith("file")
     assert a.digest in await node.residents()
+
+
+async def test_the_node_tells_what_is_whole_in_memory_and_what_has_left_it(node, a, b):
+    opening = node.tier.open(a.digest, a.directory, prefetch=True)
+    assert node.tier.resident() == ()
+    await opening.loaded
+    await node.tier.look()
+    assert node.tier.resident() == (a.digest,)
+    await node.tier.open(b.digest, b.directory, prefetch=True).loaded
+    await node.tier.look()
+    assert node.tier.resident() == (b.digest,)
+
+
+async def test_a_listing_tells_what_is_in_memory_and_removing_frees_it(node, a, b, tmp_path):
+    store = CheckpointStore(tmp_path)
+    requests = Requests(LogBook(tmp_path / "logs", "n"), store, node.tier, set, lambda: None)
+
+    async def ask(op: str, body: dict[str, str]) -> dict[str, Any]:
+        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        requests.on_request(b"gateway", Request(op, pack(body)), answered.set_result)
+        return unpack_as(dict[str, Any], (await answered).body)
+
+    reader = await node.attach(a)
+    await reader.hear()
+    await node.tier.look()
+    listed = {item["digest"]: item for item in (await ask("checkpoint.list", {}))["checkpoints"]}
+    size = a.manifest.total_bytes
+    assert [listed[a.digest][key] for key in ("tier", "leases", "loaded", "bytes")] == ["dram", 1, size, size]
+    assert [listed[b.digest][key] for key in ("tier", "leases", "loaded")] == ["disk", 0, 0]
+    await reader.kill()
+    await node.until_leases(a, 0)
+    await ask("checkpoint.rm", {"ref": a.digest})
+    await node.tier.look()
+    assert node.tier.resident() == ()
+    assert [item["digest"] for item in (await ask("checkpoint.list", {}))["checkpoints"]] == [b.digest]
+    requests.close()

@@ -125,7 +125,7 @@ def test_ps_of_an_app_asks_for_it_alone(sllm: Run, fake: Any) -> None:
         (["checkpoint", "list"], "/v1/checkpoints", {"checkpoints": []}, []),
         (["status"], "/v1/status", {"counts": {}}, {"counts": {}}),
         (["describe", "demo"], "/v1/apps/demo", APP, APP),
-        (["describe", INVOCATION], f"/v1/invocations/{INVOCATION}", RECORD, RECORD),
+        (["describe", INVOCATION], f"/v1/invocations/{INVOCATION}", RECORD, {**RECORD, "moves": [], "starts": []}),
         (["describe", "node", "node-0"], "/v1/nodes/node-0", NODE, NODE),
     ],
 )
@@ -145,6 +145,10 @@ def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:
             "counts": {"nodes": 2, "nodes_lost": 1, "gateways": 2, "running": 4, "waiting": 1,
                        "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}},
             "apps": APPS["apps"],
+            "nodes": [{**NODE, "running": 4, "resident": []}],
+            "queues": [{"target": "demo/square@3", "waiting": 1, "running": 4, "desired": 5, "blocked": "no room yet",
+                        "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}}],
+            "moving": 2,
             "storage": {"ok": False, "error": "disk full"},
         }
     )  # fmt: skip
@@ -154,7 +158,9 @@ def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:
         "pid 5, up for 1 min",
         "2, 1 lost",
         "1 starting, 3 ready",
-        "4 running, 1 waiting",
+        "4 running, 1 waiting, 2 instances being moved",
+        "no room yet",
+        "8.0 GiB",
         "disk full",
         "demo",
     ):
@@ -178,14 +184,26 @@ def test_describe_draws_the_timeline_of_an_invocation(sllm: Run, fake: Any) -> N
     assert run.index("█") > queue.index("█")
 
 
+MOVE = {
+    "invocation": "inv-" + "ab" * 16, "function": "demo/square", "from": "node-0", "source": "ins-1", "to": "node-1",
+    "instance": "ins-2", "outcome": "moved", "why": "", "reason": "room for demo/big@1", "predicted": 0.2,
+    "seconds": 0.18, "paused": 0.01, "rounds": 2, "tokens": 400, "sent": 900, "ended": 3.0,
+}  # fmt: skip
+MOVING = {
+    "source": "ins-1", "from": "node-0", "to": "node-1", "instance": "ins-2", "state": "moving", "reason": "drained",
+    "predicted": 0.2, "age": 0.1, "tries": 0, "next": 29.0, "invocations": [],
+}  # fmt: skip
+
+
 def test_describe_function_says_why_its_instances_are_where_they_are(sllm: Run, fake: Any) -> None:
     target = {"target": "demo/square@3", "failures": 0, "retry_in": None, "error": None, "blocked": "no room",
-              "instances": [INSTANCE]}  # fmt: skip
-    body = {**FUNCTION, "desired": 1, "targets": [target], "starts": []}
+              "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
+    body = {**FUNCTION, "desired": 1, "targets": [target], "starts": [], "moves": [MOVE], "moving": [MOVING]}
     fake.answers["GET /v1/functions/demo/square"] = Answer(body=body)
     code, out, _ = sllm("describe", "demo/square")
     assert code == 0
-    for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none"):
+    for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none",
+                 "node-1: 0.30 s", "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms"):  # fmt: skip
         assert text in out
 
 
@@ -308,6 +326,49 @@ def test_a_bad_duration_is_a_usage_error(sllm: Run, expires: str) -> None:
 def test_node_verbs_reach_the_node(sllm: Run, fake: Any, verb: str) -> None:
     fake.answers[f"POST /v1/nodes/node-0/{verb}"] = Answer(body=NODE)
     assert sllm("node", verb, "node-0")[0] == 0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sllm_faas.cli.node.LOOK", 0.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_drain_waits_until_nothing_is_left_and_asks_again_when_it_was_forgotten(sllm: Run, fake: Any) -> None:
+    states = [
+        {**NODE, "draining": True, "instances_list": [INSTANCE], "moves": [MOVE], "moving": [MOVING]},
+        {**NODE, "draining": False, "instances_list": [INSTANCE], "moves": [], "moving": []},
+        {**NODE, "draining": True, "instances_list": [], "moves": [], "moving": []},
+    ]
+    fake.answers["POST /v1/nodes/node-0/drain"] = Answer(body=NODE)
+    fake.answers["GET /v1/nodes/node-0"] = lambda _: Answer(body=states.pop(0))
+    code, out, _ = sllm("node", "drain", "node-0", "--wait")
+    assert (code, out) == (0, "node-0 drains.\nnode-0 is empty.\n")
+    assert sum(asked.path.endswith("/drain") for asked in fake.asked) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_restart_drains_waits_for_another_life_and_uncordons(sllm: Run, fake: Any) -> None:
+    empty = {**NODE, "cordoned": False, "draining": True, "instances_list": [], "moves": [], "moving": [], "life": "a"}
+    states = [empty, empty, empty, {**empty, "life": "b", "state": "up"}]
+    for verb in ("drain", "restart", "uncordon"):
+        fake.answers[f"POST /v1/nodes/node-0/{verb}"] = Answer(body={})
+    fake.answers["GET /v1/nodes/node-0"] = lambda _: Answer(body=states.pop(0))
+    code, out, _ = sllm("node", "restart", "node-0")
+    assert (code, out) == (0, "node-0 is back.\n")
+    assert [asked.path.rsplit("/", 1)[1] for asked in fake.asked if asked.method == "POST"] == [
+        "drain",
+        "restart",
+        "uncordon",
+    ]
+
+
+def test_migrate_says_where_it_goes_on(sllm: Run, fake: Any) -> None:
+    fake.answers["POST /v1/invocations/inv-1/migrate"] = Answer(body=MOVE)
+    code, out, _ = sllm("migrate", "inv-1", "node-1")
+    assert code == 0
+    assert "goes on in ins-2 on node-1: moved in 180 ms, paused for 10 ms, 2 rounds, 400 tokens" in out
+    assert json.loads(fake.last().body) == {"node": "node-1"}
 
 
 def test_checkpoint_pull_shows_its_stages_and_result(sllm: Run, fake: Any) -> None:

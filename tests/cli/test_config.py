@@ -173,7 +173,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
 def test_socket_paths_stay_short_enough_whatever_the_state_dir() -> None:
     for state in (Path("/s"), Path("/" + "x" * 90), Path("/" + "ü" * 60)):
         config = Config(state_dir=state)
-        longest = config.container_endpoint("n" * 32).removeprefix("ipc://")
+        longest = config.node_endpoint("n" * 32).removeprefix("ipc://")
         assert len(longest.encode()) <= 100, longest
     assert Config(state_dir=Path("/s")).run_dir == Path("/s/run")
     assert Config(state_dir=Path("/" + "x" * 90)).run_dir != Config(state_dir=Path("/" + "y" * 90)).run_dir

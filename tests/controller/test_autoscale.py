@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,37 @@ from sllm_faas.spec import Scaling
 )
 def test_desired_is_the_clamped_need_and_a_buffer_while_there_is_load(scaling, concurrency, waiting, running, expected):
     assert autoscale.desired(scaling, concurrency, waiting, running) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "least", "expected"), [(0, 0, 0), (1, 0, 0), (3, 0, 0), (4, 0, 2), (15, 0, 3), (9, 9, 0), (10, 9, 3)]
+)
+def test_by_as_many_as_random_load_varies_instances_outlast_their_peak(held, least, expected):
+    """None where they are few, and none where there is nothing but the least number."""
+    assert autoscale.spare(held, least) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_slow_decline_of_random_load_does_not_stop_and_start_by_turns(seed):
+    """Poisson arrivals of 200 ms of work, from 30 a second to none in 30 s, instances kept for 8 s."""
+    rng, now, window = Random(seed), 0.0, 8.0
+    ends: list[float] = []
+    peaks: list[autoscale.Peak] = []
+    live, want, turns = 30, 0, 0
+    while now < 45.0:
+        now += rng.expovariate(30.0)
+        ends = [end for end in ends if end > now]
+        if rng.random() < 1.0 - now / 30.0:
+            ends.append(now + 0.2)
+        before, want = want, len(ends)
+        if want != before:
+            peaks = autoscale.note_peak(peaks, now, before, window)
+        if want > live:
+            live, turns = want, turns + 1
+        keep = autoscale.held(peaks, now, want, window)
+        if now > window:
+            live = min(live, keep + autoscale.spare(keep, 0))
+    assert (live, turns) == (0, 0)
 
 
 def test_backoff_doubles_from_one_second_to_sixty():

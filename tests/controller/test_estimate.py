@@ -2,76 +2,179 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sllm_faas.controller import estimate as e
+from sllm_faas.layers import Layer
 from sllm_faas.spec import Span, Timeline
 
-
-def learn(book, actual, *, predicted=1.0, size=0, load=0.0, node="n", warmth="libs"):
-    spans = (Span("checkpoint", 0.0, load, "disk"),) if load else ()
-    e.learn(
-        book,
-        node=node,
-        function="app/f",
-        warmth=warmth,
-        tier="disk",
-        size=size,
-        timeline=Timeline(0.0, spans),
-        predicted=predicted,
-        actual=actual,
-    )
+LIBS = Layer("libs:torch", "libs", "base", ("torch",))
+TEMPLATE = Layer("template:d", "template", "libs:torch")
+PLAIN = e.Start(node="n", function="app/f", libs="", warmth="base", tier="disk", size=0)
+MODEL = e.Start(node="n", function="app/m", libs="torch", warmth="template", tier="disk", size=10**9)
+GB = 10**9
 
 
-def test_the_parts_add_up_and_are_shown():
-    guess = e.estimate({}, {"disk": 2e9}, "n", "app/f", "libs", "disk", 4 * 10**9, queue=0.5)
-    assert guess.total == pytest.approx(0.5 + 0.1 + 2.0 + 0.05)
-    assert str(guess) == "2.65 s = queue 0.50 + libs container 0.10 + disk load 2.00 + first 0.05"
+def learn(book, start, actual, *spans, predicted=1.0, read=0.0):
+    finished = e.Finished(Timeline(0.0, spans), start.size if read else 0, read, predicted, actual)
+    e.learn(book, start, finished)
+
+
+def total(book, start, queue=0.0):
+    return e.estimate(book, {}, start, queue).total
+
+
+def test_the_parts_are_shown_and_the_read_goes_on_beside_the_container():
+    guess = e.estimate({}, {"disk": 2e9}, replace(MODEL, size=4 * GB, missing=(LIBS,)), queue=0.5)
+    assert guess.total == pytest.approx(max(2.5 + 0.1, 0.5 + 2.0 + 0.1))
+    shown = "2.60 s = template container 2.60, beside it queue 0.50 + disk load 2.00 + 0.10 (from 0 starts)"
+    assert str(guess) == shown
 
 
 def test_a_function_without_weights_has_nothing_to_load():
-    guess = e.estimate({}, {}, "n", "app/f", "template", "disk", 0, queue=0.0)
-    assert guess.total == pytest.approx(0.05)
+    assert total({}, PLAIN, queue=3.0) == e.OWN
 
 
 def test_actual_starts_replace_the_guess_step_by_step():
-    """The first observation is taken whole, later ones by WEIGHT."""
+    """The first observation is taken whole, then as a mean, then by WEIGHT."""
     book: e.Book = {}
-    learn(book, 2.0)
-    assert e.container_seconds(book, "n", "libs", "app/f") == 2.0
-    learn(book, 1.0)
-    assert e.container_seconds(book, "n", "libs", "app/f") == pytest.approx(2.0 - 0.3)
+    learn(book, PLAIN, 2.0)
+    assert total(book, PLAIN) == 2.0
+    learn(book, PLAIN, 1.0)
+    assert 1.4 < total(book, PLAIN) < 1.6
 
 
-def test_the_most_particular_constant_is_used():
+def test_one_start_that_is_far_off_moves_little_once_there_are_several():
     book: e.Book = {}
-    learn(book, 2.0)
-    assert e.container_seconds(book, "n", "libs", "app/other") == 2.0
-    assert e.container_seconds(book, "other", "libs", "app/f") == 2.0
-    assert e.container_seconds(book, "n", "base", "app/f") == e.CONTAINER["base"]
+    for actual in (1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1.0):
+        learn(book, PLAIN, actual)
+    before = total(book, PLAIN)
+    learn(book, PLAIN, 60.0)
+    assert total(book, PLAIN) - before < 0.2
 
 
-def test_bandwidth_is_learned_apart_from_the_container():
+def test_a_change_for_good_is_followed():
     book: e.Book = {}
-    learn(book, 3.0, size=10**9, load=2.0)
+    for actual in [1.0] * 20 + [3.0] * 30:
+        learn(book, PLAIN, actual)
+    assert total(book, PLAIN) == pytest.approx(3.0, rel=0.1)
+
+
+def test_missing_layers_are_learned_apart_from_the_function():
+    """So the same function is predicted from every warmth after it was seen from one."""
+    book: e.Book = {}
+    cold = replace(MODEL, size=0, warmth="base", missing=(LIBS, TEMPLATE))
+    learn(book, cold, 4.0, Span("libs", 0.0, 3.0, "made"), Span("template", 3.0, 0.8, "made"))
+    assert total(book, replace(cold, missing=())) == pytest.approx(0.2)
+    assert total(book, replace(cold, missing=(TEMPLATE,))) == pytest.approx(1.0)
+    assert total(book, cold) == pytest.approx(4.0)
+
+
+def test_a_layer_that_another_start_makes_is_not_learned_from_who_waits_for_it():
+    book: e.Book = {}
+    cold = replace(MODEL, size=0, missing=(LIBS,))
+    learn(book, cold, 3.2, Span("libs", 0.0, 3.0, "made"))
+    learn(book, cold, 0.7, Span("libs", 0.0, 0.5, "awaited"))
+    assert total(book, cold) == pytest.approx(3.2)
+    assert total(book, replace(cold, awaited=2.5)) == pytest.approx(0.7)
+
+
+def test_a_read_that_held_the_start_up_is_learned_as_bandwidth_and_what_came_after_it():
+    book: e.Book = {}
+    spans = (Span("checkpoint", 0.0, 2.0, "tier=disk"), Span("attach", 0.1, 1.95))
+    learn(book, MODEL, 2.1, *spans, read=2.0)
     assert e.bandwidth(book, {"disk": 9e9}, "n", "disk") == pytest.approx(5e8)
-    assert e.container_seconds(book, "n", "libs", "app/f") == pytest.approx(1.0)
+    assert total(book, MODEL) == pytest.approx(2.1)
+    assert total(book, replace(MODEL, size=2 * GB)) == pytest.approx(4.1)
+    assert total(book, MODEL, queue=1.0) == pytest.approx(3.1)
+
+
+def test_a_read_that_ended_before_the_container_was_there_costs_nothing():
+    book: e.Book = {}
+    spans = (Span("checkpoint", 0.0, 0.5, "tier=disk"), Span("attach", 0.9, 0.1))
+    learn(book, MODEL, 1.0, *spans, read=0.5)
+    assert total(book, MODEL) == pytest.approx(1.5)  # what comes after the last byte is not known yet
+    assert total(book, replace(MODEL, tier="dram")) == pytest.approx(1.0, abs=0.2)
+
+
+def test_bandwidth_is_learned_by_size_for_the_latency_is_the_same():
+    book: e.Book = {}
+    small = replace(MODEL, size=10**6)
+    read = Span("checkpoint", 0.0, 0.1, "")
+    learn(book, small, 0.2, read, read=0.1)
+    learn(book, MODEL, 0.6, Span("checkpoint", 0.0, 0.5, ""), read=0.5)
+    assert e.bandwidth(book, {}, "n", "disk", 10**6) == pytest.approx(1e7)
+    assert e.bandwidth(book, {}, "n", "disk", GB) == pytest.approx(2e9)
+
+
+def test_starts_at_once_are_learned_by_how_many_there_are():
+    book: e.Book = {}
+    learn(book, PLAIN, 0.1)
+    learn(book, replace(PLAIN, at_once=4.0), 0.3)
+    assert total(book, PLAIN) == pytest.approx(0.1)
+    assert total(book, replace(PLAIN, at_once=3.8)) == pytest.approx(0.3)
+
+
+def test_how_much_many_starts_slow_each_other_down_is_carried_over_to_other_functions():
+    book: e.Book = {}
+    for _ in range(3):
+        learn(book, PLAIN, 0.1)
+        learn(book, replace(PLAIN, at_once=4.0), 0.3)
+    learn(book, replace(PLAIN, function="app/g"), 0.2)
+    assert total(book, replace(PLAIN, function="app/g", at_once=4.0)) == pytest.approx(0.6)
+
+
+def test_an_unknown_function_is_taken_for_one_with_the_same_libraries():
+    book: e.Book = {}
+    learn(book, PLAIN, 0.05)
+    learn(book, replace(MODEL, size=0), 0.4)
+    assert total(book, replace(PLAIN, function="app/new")) == pytest.approx(0.05)
+    assert total(book, replace(MODEL, function="app/new", size=0)) == pytest.approx(0.4)
+
+
+def test_a_slow_node_is_found_out():
+    book: e.Book = {}
+    for _ in range(40):
+        learn(book, PLAIN, 0.1)
+        learn(book, replace(PLAIN, node="slow"), 0.3)
+    assert total(book, replace(PLAIN, node="slow")) == pytest.approx(0.3, rel=0.1)
+    assert total(book, PLAIN) == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_calibration_of_zero_is_no_calibration():
     assert e.bandwidth({}, {"disk": 0.0}, "n", "disk") == e.BANDWIDTH["disk"]
 
 
-def test_the_error_of_predictions_is_kept():
+def test_the_error_of_predictions_is_kept_and_is_the_margin_of_the_next():
     book: e.Book = {}
-    learn(book, 1.5, predicted=1.0)
+    learn(book, PLAIN, 1.5, predicted=1.0)
     assert book["error"] == book["error|n"] == pytest.approx(0.5)
     assert book["starts"] == 1
+    guess = e.estimate(book, {}, PLAIN, 0.0)
+    assert (guess.margin, guess.starts) == (pytest.approx(0.5), 1)
+    assert str(guess) == "1.50 ± 0.50 s = base container 1.50 (from 1 starts)"
 
 
 def test_a_node_that_is_gone_is_forgotten_the_rest_is_not():
     book: e.Book = {}
-    learn(book, 2.0, node="n")
+    learn(book, MODEL, 2.0, Span("checkpoint", 0.0, 1.0, ""), read=1.0)
+    learn(book, MODEL, 2.0, Span("checkpoint", 0.0, 1.0, ""), read=1.0)
     e.forget(book, "n")
-    assert e.container_seconds(book, "n", "libs", "app/f") == 2.0
     assert not any("|n|" in key or key.endswith("|n") for key in book)
+    assert e.own_seconds(book, MODEL.function, MODEL.libs, 1) == (pytest.approx(2.0), True)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 1e4), st.floats(0.0, 1e4), st.floats(1.0, 100.0), st.integers(0, 2)), max_size=30)
+)
+def test_whatever_is_learned_predictions_stay_finite_and_not_negative(seen):
+    book: e.Book = {}
+    for actual, read, at_once, which in seen:
+        start = replace((PLAIN, MODEL, replace(MODEL, node="m"))[which], at_once=at_once)
+        learn(book, start, actual, Span("checkpoint", 0.0, read, ""), Span("attach", 0.0, read), read=read)
+        for node in ("n", "m"):
+            assert 0 <= total(book, replace(MODEL, node=node, missing=(LIBS,)), queue=1.0) < 1e12

@@ -51,7 +51,7 @@ parts = st.lists(
 
 @given(parts, st.integers(0, 120), st.integers(0, 4))
 def test_several_go_only_when_one_is_not_enough_and_then_the_cheapest_set(items, mb, gpus):
-    items = [Idle(f"i{n}", i.memory_mb, i.since, i.gpus, i.reload) for n, i in enumerate(items)]
+    items = [Idle(f"i{n}", i.memory_mb, i.seconds, i.gpus, i.reload) for n, i in enumerate(items)]
     if mb <= 0 and gpus <= 0:
         return
     chosen = cheapest(items, mb, gpus, lambda item: item.reload)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,6 +22,7 @@ SPECS = {
     "kept": (function("f", memory_mb=200, min_containers=1, buffer_containers=1, max_containers=4),),
     "pair": (function("f", memory_mb=300, scaledown_window=0.0), function("g", memory_mb=100, min_containers=2)),
     "llm": (llm("f", memory_mb=200, concurrency=4),),
+    "big": (llm("f", memory_mb=700), llm("g", memory_mb=500, source="org/other")),
 }
 
 
@@ -56,6 +59,16 @@ class Chaos(RuleBasedStateMachine):
     @rule(node=st.sampled_from(NODES))
     def drain(self, node):
         self.world.feed(ev.NodeDrained(node))
+
+    @rule(node=st.sampled_from(NODES))
+    def leave(self, node):
+        self.world.feed(ev.NodeLeaving(node))
+
+    @rule(data=st.data(), node=st.sampled_from(NODES))
+    def migrate(self, data, node):
+        known = sorted(self.world.machine.state.instances)
+        if known:
+            self.world.feed(ev.MigrationAsked(data.draw(st.sampled_from(known)), node, ("0" * 32,), "r"))
 
     @rule(data=st.data())
     def stop_one(self, data):
@@ -107,6 +120,16 @@ class Chaos(RuleBasedStateMachine):
         pairs = [(node.name, name) for node in self.world.nodes.values() for name in node.reports]
         self.world.progress(*data.draw(st.sampled_from(pairs)), state)
 
+    @precondition(lambda self: any(node.reports for node in self.world.nodes.values()))
+    @rule(data=st.data(), running=st.integers(0, 4))
+    def runs(self, data, running):
+        """So many invocations run in it."""
+        pairs = [(node, name) for node in self.world.nodes.values() for name in node.reports]
+        node, name = data.draw(st.sampled_from(pairs))
+        node.reports[name] = replace(node.reports[name], running=running, tokens=running * 100)
+        if node.connected:
+            self.world.to_machine.append(ev.InstanceSeen(node.name, node.reports[name]))
+
     # -- links -----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.world.to_machine)
@@ -120,9 +143,9 @@ class Chaos(RuleBasedStateMachine):
         self.world.feed(event)
 
     @precondition(lambda self: self.world.to_nodes)
-    @rule(data=st.data())
-    def obeyed(self, data):
-        self.world.obey(data.draw(st.integers(0, len(self.world.to_nodes) - 1)))
+    @rule(data=st.data(), outcome=st.sampled_from(["moved", "moved", "kept"]))
+    def obeyed(self, data, outcome):
+        self.world.obey(data.draw(st.integers(0, len(self.world.to_nodes) - 1)), outcome)
 
     @precondition(lambda self: self.world.to_machine)
     @rule(data=st.data())
@@ -140,7 +163,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def a_second_look_finds_nothing_to_do(self):
         if hasattr(self, "world"):
-            machine = Machine.restore(self.world.machine.snapshot())
+            machine = Machine.restore(self.world.machine.snapshot(), migrate=True)
             assert machine.snapshot() == self.world.machine.snapshot()
             machine.ledger.dirty.update(machine.state.targets)
             commands = machine.handle(ev.Tick(), self.world.now)
@@ -161,6 +184,7 @@ class Chaos(RuleBasedStateMachine):
             assert live == record.desired or record.blocked, f"{key}: {live} live, {record.desired} desired"
         running = {name for node in world.nodes.values() for name in node.reports}
         assert running == set(machine.state.instances), "what runs is what the machine knows"
+        assert not machine.state.moves, "every move is over"
         assert not any(app.pending for app in machine.state.apps.values()), "every deployment has ended"
         assert world.replayed().snapshot() == machine.snapshot()
 

@@ -21,7 +21,7 @@ def test_the_fastest_node_that_has_room_wins_and_says_why():
     choice = place([node("slow", 2.0), node("fast", 1.0), node("full", 0.1, free=50)])
     assert isinstance(choice, Placed)
     assert choice.node == "fast"
-    assert choice.why.startswith("fast: 1.00 s = queue 0.00 + base container 1.00")
+    assert choice.why.startswith("fast: 1.00 s = base container 1.00")
     assert "over slow 2.00 s" in choice.why
     assert "1 without room" in choice.why
 
@@ -47,7 +47,7 @@ def test_what_fits_no_node_is_never_placed():
 
 
 def test_as_few_idle_as_possible_go_the_longest_idle_first():
-    idle = (Idle("young", 100, 5.0), Idle("old", 100, 1.0), Idle("older", 30, 0.5))
+    idle = (Idle("young", 100, 0.5), Idle("old", 100, 5.0), Idle("older", 30, 6.0))
     choice = place([node("a", need=200, free=80, idle=idle)])
     assert isinstance(choice, Evict)
     assert choice.instances == ("older", "old")
@@ -59,11 +59,30 @@ def test_memory_that_is_being_freed_is_waited_for():
     assert choice == Full("waits for memory that is being freed on a")
 
 
-def test_a_fast_node_that_must_evict_much_loses_to_a_slower_one_that_need_not():
-    many = tuple(Idle(f"i{k}", 10, float(k)) for k in range(20))
-    choice = place([node("fast", 1.0, free=0, idle=many), node("slow", 3.0, free=0, idle=(Idle("j", 100, 0.0),))])
+def test_a_node_that_must_evict_much_loses_to_one_nearly_as_fast_that_need_not():
+    many = tuple(Idle(f"i{k}", 10, 0.0, reload=3.0) for k in range(20))
+    lone = (Idle("j", 100, 0.0, reload=3.0),)
+    choice = place([node("fast", 1.0, free=0, idle=many), node("slow", 1.02, free=0, idle=lone)])
     assert isinstance(choice, Evict)
     assert choice.node == "slow"
+
+
+def test_what_has_not_served_for_long_enough_is_waited_for_unless_another_node_is_sooner():
+    """The wait counts as part of the start."""
+    young = (Idle("young", 100, 0.0, rests=2.0),)
+    choice = place([node("a", 1.0, free=0, idle=young)])
+    assert isinstance(choice, Full)
+    assert choice.again == 2.0
+    choice = place([node("a", 1.0, free=0, idle=young), node("b", 2.5, free=0, idle=(Idle("old", 100, 9.0),))])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("old",)
+
+
+def test_who_waits_though_there_is_room_elsewhere_looks_again_when_that_may_be_sooner():
+    """A queue shortens by a second per second."""
+    choice = place([node("a", 1.0, need=200, free=50, freeing=150), node("b", 2.5)])
+    assert isinstance(choice, Full)
+    assert choice.again == 1.5
 
 
 nodes = st.lists(
@@ -94,3 +113,15 @@ def test_a_placed_instance_always_fits(candidates):
         winner = next(candidate for candidate in candidates if candidate.name == choice.node)
         assert winner.fits()
         assert winner.estimate.total <= min(c.estimate.total for c in candidates if c.fits()) + 1e-5
+
+
+def test_of_two_that_would_do_the_one_missed_least_goes():
+    """What was needed a moment ago will be again; what starts again soon is missed little."""
+    idle = (Idle("hot", 200, 0.1, reload=2.0), Idle("cold", 200, 60.0, reload=2.0))
+    choice = place([node("a", need=200, free=0, idle=idle)])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("cold",)
+    idle = (Idle("slow", 200, 1.0, reload=9.0), Idle("fast", 200, 1.0, reload=0.5))
+    choice = place([node("a", need=200, free=0, idle=idle)])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("fast",)

@@ -32,6 +32,8 @@ from sllm_faas.wire.messages import (
     Hello,
     Ingested,
     InstanceReport,
+    Migrated,
+    MoveResult,
     NodeStats,
     Progress,
     Reply,
@@ -418,6 +420,76 @@ async def test_a_gateway_that_goes_away_is_left_out_of_the_answer(controller, ga
         reply = Reply(codec.pack({"invocation": {"id": "inv-1"}}))
         gateway.send(Type.REPLY, reply, identity=asked.header.id)
         assert await done == {"invocation": {"id": "inv-1"}}
+
+
+# -- moves -------------------------------------------------------------------------------------------------------
+
+CHAT = Target("app", "chat", 1)
+
+
+async def running(gateway: Gateway, invoker: Invoker) -> str:
+    """An instance of a language model on node-0 that runs something; its id."""
+    await deploy(gateway, invoker, app(llm(), bundle=""), checkpoints={"chat": "d" * 64}, sizes={"d" * 64: 2**20})
+    gateway.demand(CHAT, 1, 0)
+    start = await invoker.start()
+    gateway.demand(CHAT, 0, 1)
+    invoker.report(start, "ready", running=1, tokens=100)
+    return start.instance
+
+
+async def answer_get(gateway: Gateway, **record) -> None:
+    asked = await gateway.expect(Type.REQUEST)
+    assert asked.body.op == "invocation.get"
+    gateway.send(Type.REPLY, Reply(codec.pack({"invocation": record})), identity=asked.header.id)
+
+
+async def test_a_person_moves_an_invocation_and_hears_how_it_went(controller, gateway, invoker):
+    instance = await running(gateway, invoker)
+    async with peer(Invoker, controller, "node-1") as other:
+        await other.hello()
+        done = asyncio.create_task(gateway.call("invocation.migrate", id="inv-" + "ab" * 16, node="node-1"))
+        await answer_get(gateway, instance=instance, node="node-0", state="streaming")
+        heir = await other.start()
+        body = (await invoker.expect(Type.MIGRATE)).body
+        assert (body.instance, body.to, body.node) == (instance, heir.instance, "node-1")
+        assert body.invocations == ("ab" * 16,)
+        result = MoveResult("ab" * 16, "moved", total=0.5, paused=0.02, rounds=2, tokens=300)
+        invoker.send(Type.MIGRATED, Migrated(body.migration, instance, (result,)))
+        moved = await done
+        assert (moved["from"], moved["to"], moved["instance"]) == ("node-0", "node-1", heir.instance)
+        assert (moved["seconds"], moved["rounds"]) == (0.5, 2)
+        assert (await gateway.call("describe.node", node="node-1"))["moves"][0]["tokens"] == 300
+        described = await gateway.call("describe.function", app="app", function="chat")
+        assert described["moves"][0]["outcome"] == "moved"
+
+
+async def test_what_cannot_move_is_refused_with_the_reason(controller, gateway, invoker):
+    instance = await running(gateway, invoker)
+    for record, reason in (
+        ({"instance": instance, "node": "node-0", "state": "done"}, "it is done"),
+        ({"instance": instance, "node": "node-0", "state": "streaming"}, "runs on node-0 already"),
+        ({"instance": "ins-x", "node": "node-0", "state": "streaming"}, "not there any more"),
+    ):
+        done = asyncio.create_task(gateway.call("invocation.migrate", id="inv-1", node="node-0"))
+        await answer_get(gateway, **record)
+        with pytest.raises(Conflict, match=reason):
+            await done
+    done = asyncio.create_task(gateway.call("invocation.migrate", id="inv-1", node="node-0"))
+    asked = await gateway.expect(Type.REQUEST)
+    gateway.send(Type.REPLY, Reply(codec.pack({"invocation": None})), identity=asked.header.id)
+    with pytest.raises(NotFound, match="inv-1"):
+        await done
+
+
+async def test_a_node_that_was_given_notice_is_emptied(controller, gateway, invoker):
+    instance = await running(gateway, invoker)
+    async with peer(Invoker, controller, "node-1") as other:
+        await other.hello()
+        invoker.send(Type.LEAVING)
+        await other.start()
+        assert (await invoker.expect(Type.STOP)).body.instance == instance
+        body = (await invoker.expect(Type.MIGRATE)).body
+        assert (body.instance, body.invocations) == (instance, ())
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from sllm_faas.controller.model import key_of
 from sllm_faas.controller.state import Machine
 from sllm_faas.errors import ErrorInfo, IllegalTransition
 from sllm_faas.spec import Target
-from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, TargetDemand
+from sllm_faas.wire.messages import Checked, InstanceReport, Migrate, Migrated, MoveResult, NodeInfo, TargetDemand
 
 DIGEST = "d" * 64
 FAILED = ErrorInfo("start_failed", "enter raised", status=503)
@@ -34,7 +34,7 @@ class ModelNode:
 class World:
     """`to_machine` and `to_nodes` are links: what is in them was sent and has not arrived."""
 
-    machine: Machine = field(default_factory=lambda: Machine("abc"))
+    machine: Machine = field(default_factory=lambda: Machine("abc", migrate=True))
     now: float = 0.0
     nodes: dict[str, ModelNode] = field(default_factory=dict)
     to_machine: list[ev.Event] = field(default_factory=list)
@@ -56,7 +56,7 @@ class World:
         self.machine.validate()
         self.commands += commands
         for command in commands:
-            if isinstance(command, cmd.SendStart | cmd.SendStop | cmd.SendCheck):
+            if isinstance(command, cmd.SendStart | cmd.SendStop | cmd.SendCheck | cmd.SendMigrate):
                 node = self.nodes[command.node]
                 self.to_nodes.append((node.name, node.life, command))
             elif isinstance(command, cmd.StoreActivation):
@@ -92,8 +92,8 @@ class World:
         self.to_nodes = [item for item in self.to_nodes if item[0] != name]
         self.feed(ev.NodeLost(name))
 
-    def obey(self, index: int = 0) -> None:
-        """A command arrives."""
+    def obey(self, index: int = 0, outcome: str = "moved") -> None:
+        """A command arrives. `outcome`: of each invocation that is to be moved."""
         name, life, command = self.to_nodes.pop(index)
         node = self.nodes[name]
         if not node.alive or node.life != life:
@@ -109,6 +109,8 @@ class World:
             if report is not None:
                 node.reports[report.instance] = replace(report, state="draining")
                 self._say(node, report.instance)
+        elif isinstance(command, cmd.SendMigrate):
+            self.migrate(node, command.body, outcome)
         elif isinstance(command, cmd.SendCheck):
             check = command.body
             digests = {f.name: DIGEST for f in check.app.functions if f.checkpoint}
@@ -117,11 +119,37 @@ class World:
             )
             self.to_machine.append(ev.VersionChecked(name, result))
 
-    def progress(self, name: str, instance: str, state: str) -> None:
-        """An instance changes by itself."""
+    def migrate(self, node: ModelNode, body: Migrate, outcome: str) -> None:
+        """What runs there goes on at the destination, or not."""
+        report, there = node.reports.get(body.instance), self.nodes[body.node].reports.get(body.to)
+        results = []
+        for number in range(report.running if report else 0):
+            name = body.invocations[0] if body.invocations else f"{number:032x}"
+            moved = there is not None and there.state == "ready" and outcome == "moved"
+            results.append(
+                MoveResult(name, "moved" if moved else "kept", "" if moved else "no_slot", total=0.2, tokens=100)
+            )
+            if moved:
+                assert report is not None
+                assert there is not None
+                report = node.reports[report.instance] = replace(report, running=report.running - 1)
+                there = self.nodes[body.node].reports[there.instance] = replace(there, running=there.running + 1)
+            if body.invocations:
+                break
+        if node.connected:
+            answer = Migrated(body.migration, body.instance, tuple(results))
+            self.to_machine.append(ev.MigrationEnded(node.name, answer))
+
+    def progress(self, name: str, instance: str, state: str, *, served: bool = False) -> None:
+        """An instance changes by itself. `served`: it had answered something by then."""
         node = self.nodes[name]
         error = FAILED if state == "failed" else None
-        node.reports[instance] = replace(node.reports[instance], state=state, error=error)  # type: ignore[arg-type]
+        node.reports[instance] = replace(
+            node.reports[instance],
+            state=state,  # type: ignore[arg-type]
+            error=error,
+            served=served,
+        )
         self._say(node, instance)
         if state in ("stopped", "failed"):
             del node.reports[instance]
@@ -142,7 +170,7 @@ class World:
         for name in self.nodes:
             self.hello(name)
         end = self.now + seconds
-        for _ in range(2000):
+        for _ in range(4000):
             if self.to_nodes:
                 self.obey()
             elif self.to_machine:
@@ -174,7 +202,7 @@ class World:
 
     def replayed(self) -> Machine:
         """Another machine that was told the same."""
-        other = Machine("abc")
+        other = Machine("abc", migrate=True)
         for event, at in self.log:
             kind, data = ev.encode_event(event)
             other.handle(ev.decode_event(kind, data), at)

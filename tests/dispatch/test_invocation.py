@@ -141,6 +141,45 @@ def test_a_retry_raises_the_fence_waits_as_the_policy_says_and_is_bounded() -> N
     assert not inv.may_retry
 
 
+def test_a_resume_raises_the_fence_keeps_what_came_and_is_bounded_while_nothing_comes() -> None:
+    clock = TargetClock(100.0, ready=True)
+    inv = made()
+    inv.dispatch(200.0)
+    inv.output(201.0, 2)
+    for fence in (2, 3, 4):
+        assert inv.may_resume
+        inv.go_on(203.0, clock, b"state")
+        assert (inv.state, inv.fence, inv.wanted, inv.resume) == (State.QUEUED, fence, 2, b"state")
+        assert inv.due(203.0, clock) == Due(213.0, "queue")
+        inv.dispatch(204.0, clock)
+        assert inv.dispatched == 200.0
+        assert inv.running_due() == Due(207.0, "idle"), "the client waits for its next output, not for a first"
+    assert not inv.may_resume
+    inv.output(205.0, 1)
+    assert inv.may_resume
+    inv.cancel(206.0)
+    assert not inv.may_resume
+
+
+def test_the_execution_limit_holds_for_what_waits_to_be_resumed() -> None:
+    clock = TargetClock(100.0, ready=True)
+    inv = made()
+    inv.dispatch(200.0)
+    inv.go_on(255.0, clock, b"")
+    assert inv.due(255.0, clock) == Due(260.0, "execution")
+
+
+def test_a_move_raises_the_fence_and_is_no_dispatch() -> None:
+    inv = made()
+    inv.dispatch(200.0)
+    inv.output(201.0, 2)
+    inv.move(202.0)
+    assert (inv.state, inv.fence, inv.wanted, inv.dispatched) == (State.DISPATCHED, 2, 2, 200.0)
+    assert inv.running_due() == Due(205.0, "idle")
+    inv.output(203.0, 1)
+    assert inv.state is State.STREAMING
+
+
 def test_nothing_is_retried_after_its_first_output() -> None:
     inv = made(retries=RetryPolicy(3))
     inv.dispatch(200.0)

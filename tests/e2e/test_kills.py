@@ -1,26 +1,31 @@
-"""SIGKILL of every part while sixteen streams run: who is hurt, who is not, and that it heals by itself."""
+"""SIGKILL of every part while sixteen streams run: who is hurt, who is not, and that it heals by itself.
+
+Some streams are a plain generator's, which cannot go on elsewhere; a resumable one's and a language model's must.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import Platform, eventually, platform_at
+from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at
 
 pytestmark = pytest.mark.e2e
 ZOO = Path(__file__).parent / "apps/zoo/zoo.py"
-STREAMS = 16
 LENGTH = 150
+TOKENS = 500
 
 
 @dataclass
@@ -34,14 +39,18 @@ class Stream:
     end: str = ""
     """done, error, or broken (the connection ended without a terminal event)."""
     problem: dict[str, Any] = field(default_factory=dict)
+    _event: str = ""
+    _number: int = -1
 
     def start(self) -> threading.Thread:
         thread = threading.Thread(target=self.read)
         thread.start()
         return thread
 
+    function = "ticks"
+
     def read(self) -> None:
-        url = f"{self.platform.url}/v1/functions/zoo/ticks"
+        url = f"{self.platform.url}/v1/functions/zoo/{self.function}"
         self._follow("POST", url, json={"n": LENGTH, "period": 0.03})
 
     def attach_again(self) -> None:
@@ -50,7 +59,6 @@ class Stream:
         self._follow("GET", f"{self.platform.url}/v1/invocations/{self.invocation}/events", headers=last)
 
     def _follow(self, method: str, url: str, headers: dict[str, str] | None = None, **kwargs: Any) -> None:
-        event, number = "", -1
         try:
             headers = {**self.platform.headers, **(headers or {})}
             with httpx.stream(method, url, headers=headers, timeout=60, **kwargs) as answer:
@@ -60,24 +68,70 @@ class Stream:
                 self.invocation = answer.headers["x-invocation-id"]
                 for line in answer.iter_lines():
                     name, _, value = line.partition(": ")
-                    if name == "event":
-                        event = value
-                    elif name == "id":
-                        number = int(value)
-                    elif name == "data" and event == "output":
-                        self.values.append(int(value))
-                        self.ids.append(number)
-                    elif name == "data" and event in ("done", "error"):
-                        self.end = event
-                        if event == "error":
-                            self.problem = json.loads(value)["error"]
+                    self._line(name, value)
         except httpx.HTTPError:
             self.end = self.end or "broken"
         self.end = self.end or "broken"
 
+    def _line(self, name: str, value: str) -> None:
+        if name == "event":
+            self._event = value
+        elif name == "id":
+            self._number = int(value)
+        elif name == "data" and self._event == "output":
+            self.values.append(int(value))
+            self.ids.append(self._number)
+        elif name == "data" and self._event in ("done", "error"):
+            self.end = self._event
+            if self._event == "error":
+                self.problem = json.loads(value)["error"]
+
     @property
     def whole(self) -> bool:
         return self.end == "done" and self.values == list(range(LENGTH)) == self.ids
+
+
+class Strides(Stream):
+    """One of a generator that is resumable."""
+
+    function = "strides"
+
+
+class Counting(Stream):
+    """One that reads what a language model counts up, from a start of its own."""
+
+    start_at = 0
+    tokens = TOKENS
+    model = "counting"
+
+    def read(self) -> None:
+        self.start_at = random.randrange(1, 1000)
+        body = {
+            "model": self.model,
+            "stream": True,
+            "max_tokens": self.tokens,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": str(self.start_at - 1)}],
+        }
+        self._follow("POST", f"{self.platform.url}/v1/chat/completions", json=body)
+
+    def _line(self, name: str, value: str) -> None:
+        if name == "id":
+            self._number = int(value)
+        elif name == "data" and value == "[DONE]":
+            self.end = self.end or "done"
+        elif name == "data" and "error" in (chunk := json.loads(value)):
+            self.end, self.problem = "error", chunk["error"]
+        elif name == "data" and (text := chunk["choices"][0]["delta"].get("content")):
+            self.values += map(int, text.split())
+            self.ids.append(self._number)
+
+    @property
+    def whole(self) -> bool:
+        return self.end == "done" and self.values == [(self.start_at + i) % 1000 for i in range(self.tokens)]
+
+
+KINDS = {Stream: 8, Strides: 2, Counting: 6}
 
 
 @pytest.fixture
@@ -87,13 +141,14 @@ def platform() -> Iterator[Platform]:
         platform_at(Path(state), "--gateways", "2", "--invokers", "2") as here,
     ):
         here.sllm("deploy", str(ZOO))
+        here.sllm("deploy", str(EXAMPLES / "counting/app.py"))
         yield here
 
 
 @pytest.fixture
 def streams(platform: Platform) -> Iterator[list[Stream]]:
-    """Sixteen streams over four containers, each of which has already given something."""
-    running = [Stream(platform) for _ in range(STREAMS)]
+    """Sixteen streams of three kinds, each of which has already given something."""
+    running = [kind(platform) for kind, number in KINDS.items() for _ in range(number)]
     threads = [stream.start() for stream in running]
     eventually(lambda: all(len(stream.values) >= 3 for stream in running), why="every stream speaks")
     yield running
@@ -117,8 +172,32 @@ def pid_of(platform: Platform, *words: str) -> int:
     raise AssertionError(f"no process with {words}")
 
 
-def containers(platform: Platform) -> list[dict[str, Any]]:
-    return [row for row in platform.json("ps") if row["function"] == "ticks" and row["state"] == "ready"]
+def containers(platform: Platform, function: str) -> list[dict[str, Any]]:
+    return [row for row in platform.json("ps") if row["function"] == function and row["state"] == "ready"]
+
+
+def jumps(values: list[int]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in pairwise(values) if b != (a + 1) % 1000]
+
+
+def unwhole(streams: list[Stream], *kinds: type[Stream]) -> list[Any]:
+    """What is wrong with streams that should be whole: their end, length and jumps."""
+    return [
+        (
+            stream.end,
+            stream.problem,
+            len(stream.values),
+            [(a, b) for a, b in pairwise(stream.values) if b != (a + 1) % 1000],
+        )
+        for stream in streams
+        if type(stream) in (kinds or KINDS) and not stream.whole
+    ]
+
+
+def resumed(platform: Platform) -> int:
+    """How often the recent invocations of the language model went on elsewhere."""
+    recent = platform.get("/v1/invocations?app=counting")["invocations"]
+    return sum(each["resumes"] for each in recent)
 
 
 def assert_healed(platform: Platform) -> None:
@@ -141,12 +220,14 @@ def assert_healed(platform: Platform) -> None:
     assert {node["state"] for node in status["nodes"]} == {"up"}
 
 
-def test_a_killed_container_ends_its_own_streams_with_an_error_and_no_others(
+def test_a_killed_container_ends_the_streams_it_alone_could_give_and_no_others(
     platform: Platform, streams: list[Stream]
 ) -> None:
-    victim = containers(platform)[0]
-    os.kill(victim["pid"], signal.SIGKILL)
+    os.kill(containers(platform, "ticks")[0]["pid"], signal.SIGKILL)
+    os.kill(containers(platform, "counting")[0]["pid"], signal.SIGKILL)
     finish(streams)
+    assert unwhole(streams, Strides, Counting) == []
+    assert resumed(platform) >= 1
     hurt = [stream for stream in streams if not stream.whole]
     assert 1 <= len(hurt) <= 4
     assert all(stream.end == "error" and stream.problem["code"] == "worker_lost" for stream in hurt)
@@ -154,21 +235,20 @@ def test_a_killed_container_ends_its_own_streams_with_an_error_and_no_others(
     assert_healed(platform)
 
 
-def test_a_killed_invoker_ends_the_streams_of_its_containers_and_no_others(
+def test_a_killed_invoker_ends_the_streams_its_containers_alone_could_give_and_no_others(
     platform: Platform, streams: list[Stream]
 ) -> None:
-    rows = containers(platform)
-    nodes = {row["node"] for row in rows}
-    os.kill(pid_of(platform, "sllm_invoker", "node-0"), signal.SIGKILL)
+    rows = [row for row in platform.json("ps") if row["state"] == "ready"]
+    victim = next(row["node"] for row in rows if row["function"] == "counting")
+    os.kill(pid_of(platform, "sllm_invoker", victim), signal.SIGKILL)
     finish(streams)
+    assert unwhole(streams, Strides, Counting) == []
+    assert resumed(platform) >= 1
     hurt = [stream for stream in streams if not stream.whole]
     assert all(stream.end == "error" and stream.problem["code"] == "worker_lost" for stream in hurt)
-    if "node-0" in nodes:
-        assert hurt
-    expected = sum(1 for row in rows if row["node"] == "node-0") * 4
-    assert len(hurt) <= expected
+    assert len(hurt) <= sum(4 for row in rows if row["function"] == "ticks" and row["node"] == victim)
     eventually(
-        lambda: not any(Path(f"/proc/{row['pid']}").exists() for row in rows if row["node"] == "node-0"),
+        lambda: not any(Path(f"/proc/{row['pid']}").exists() for row in rows if row["node"] == victim),
         why="its containers are gone",
     )
     assert_healed(platform)
@@ -177,7 +257,7 @@ def test_a_killed_invoker_ends_the_streams_of_its_containers_and_no_others(
 def test_a_killed_controller_hurts_no_stream(platform: Platform, streams: list[Stream]) -> None:
     os.kill(pid_of(platform, "sllm_faas.controller"), signal.SIGKILL)
     finish(streams)
-    assert [stream for stream in streams if not stream.whole] == []
+    assert unwhole(streams) == []
     assert_healed(platform)
 
 
@@ -194,7 +274,7 @@ def test_the_streams_of_a_killed_gateway_are_attached_to_again_without_a_gap(
     for thread in threads:
         thread.join(60)
     finish(streams)
-    assert [(stream.end, stream.problem, len(stream.values)) for stream in streams if not stream.whole] == []
+    assert unwhole(streams) == []
     assert_healed(platform)
 
 

@@ -108,8 +108,7 @@ def case(store: CheckpointStore, tmp_path_factory: pytest.TempPathFactory) -> Ca
             built = _build(name)
             built.save_pretrained(source)
             ingest(store, str(source), name)
-            # Without gradients as ours is: torch takes another convolution kernel when weights want them.
-            model = type(built).from_pretrained(source).eval().requires_grad_(False)
+            model = type(built).from_pretrained(source).eval()
             made[name] = Case(name, model, source, store.get(name))
         return made[name]
 

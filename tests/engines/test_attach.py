@@ -14,18 +14,43 @@ import pytest
 import torch
 from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.runner.attach import attach, end_tokens, model_tensors, prepare
+from torch.profiler import ProfilerActivity, profile
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
 
 IDS = torch.tensor([[5, 9, 3, 7, 1, 8, 4, 2, 6, 11, 13]])
 
 
-def test_logits_are_bit_equal_to_from_pretrained(architecture, case):
+def test_logits_are_bit_equal_to_from_pretrained_on_the_first_call_and_later(architecture, case):
     expected = case(architecture)
     skeleton = prepare(expected.checkpoint)
     attach(skeleton)
     with torch.inference_mode():
-        assert torch.equal(skeleton.model(IDS).logits, expected.model(IDS).logits)
+        for ids in (IDS, IDS[:, 2:7], IDS):
+            assert torch.equal(skeleton.model(ids).logits, expected.model(ids).logits)
+
+
+def test_the_last_position_alone_is_multiplied_with_the_head_as_it_is(case):
+    """By mm: bmm first copies the whole head."""
+    skeleton = prepare(case("llama").checkpoint)
+    attach(skeleton)
+    vocabulary, width = skeleton.model.lm_head.weight.shape
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        skeleton.model(IDS, logits_to_keep=1)
+    events = profiled.events()
+    products = {event.name for event in events if [width, vocabulary] in [shape[-2:] for shape in event.input_shapes]}
+    assert "aten::mm" in products
+    assert "aten::bmm" not in products
+
+
+def test_a_side_file_that_changed_is_refused_before_anything_is_built_of_it(case, tmp_path):
+    directory = tmp_path / "object"
+    shutil.copytree(case("llama").checkpoint.directory, directory)
+    path = directory / "config.json"
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("0.02", "0.03"))
+    with pytest.raises(CheckpointCorrupt, match=r"config\.json: its content has changed"):
+        prepare(directory)
 
 
 def test_every_tensor_is_a_view_of_the_map(architecture, case):
@@ -73,10 +98,8 @@ def _without(checkpoint: CheckpointObject, drop: Callable[[str], bool]) -> Check
 @pytest.mark.parametrize("missing", ["model.norm.weight", "model.rotary_emb.inv_freq"])
 def test_a_tensor_that_stays_on_meta_is_named(case, missing):
     """A parameter, and a buffer that no source file has."""
-    skeleton = prepare(case("llama").checkpoint)
-    skeleton.checkpoint = _without(skeleton.checkpoint, lambda name: name == missing)
     with pytest.raises(CheckpointIncomplete, match=missing):
-        attach(skeleton)
+        prepare(_without(case("llama").checkpoint, lambda name: name == missing))
 
 
 def test_an_object_that_shrank_after_prepare_is_corrupt_and_not_a_crash(case, tmp_path):

@@ -517,7 +517,7 @@ async def test_an_encoder_embeds_and_does_not_generate(store, tmp_path):
         (vector,) = await made.embed([[3, 4, 5]])
         mean = model(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state[0].mean(dim=0)
         assert torch.allclose(torch.tensor(vector), mean / mean.norm(), atol=1e-6)
-        with pytest.raises(UnsupportedParameter, match="embeddings only"):
+        with pytest.raises(UnsupportedParameter, match="BertModel computes embeddings only"):
             await made.prefill(GenerateRequest((1,), 2))
     finally:
         made.close()

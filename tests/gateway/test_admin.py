@@ -149,6 +149,13 @@ async def test_scopes(gateway: Rig, who: str, method: str, path: str, status: in
         assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
+async def test_a_gateway_that_knows_no_tokens_yet_refuses_none(gateway: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.service.dispatcher.routes, "seq", -1)
+    for who, path in (("root", "/v1/tokens"), ("caller", "/v1/functions/app/echo")):
+        answer = await gateway.http.request("GET" if who == "root" else "POST", path, headers=bearer(who))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), answer.text
+
+
 async def test_where_invocation_is_open_any_foreign_key_will_do(gateway: Rig) -> None:
     for text in ("Bearer sk-unused", "Basic eDp5", "Bearer"):
         answer = await gateway.http.post("/v1/functions/app/echo", headers={"Authorization": text})

@@ -3,107 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sllm_gateway.dispatcher import Dispatcher
-from sllm_gateway.handle import Call, Handle
+from sllm_gateway.handle import Handle
 
 from sllm_faas.dispatch.invocation import State
 from sllm_faas.errors import Cancelled, ErrorInfo, QueueFull, Unavailable, WorkerLost, to_info
-from sllm_faas.spec import FunctionSpec, MethodSpec, RetryPolicy, Target, Timeline, Timeouts
+from sllm_faas.spec import FunctionSpec, MethodSpec, RetryPolicy, Target, Timeouts
 from sllm_faas.wire import codec
-from sllm_faas.wire.bus import Parts, PeerGone
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import (
-    Done,
-    Failed,
-    FunctionRoute,
-    Grant,
-    Refused,
-    Routes,
-    TargetDemand,
-)
-
-T = Target("app", "f", 1)
-
-
-class Wire:
-    """A link that keeps what was sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[codec.Frame] = []
-        self.broken = False
-
-    def send(self, parts: Parts) -> None:
-        if self.broken:
-            raise PeerGone("broken")
-        self.sent.append(codec.decode(parts))
-
-    def of(self, kind: Type) -> list[codec.Frame]:
-        return [frame for frame in self.sent if frame.header.type is kind]
-
-
-class World:
-    def __init__(self, **options: Any) -> None:
-        self.now = 1000.0
-        self.ended: list[Handle] = []
-        self.dispatcher = Dispatcher(clock=lambda: self.now, on_ended=self.ended.append, **options)
-        self.node, self.controller = Wire(), Wire()
-        self.dispatcher.node_up("n", self.node)
-        self.dispatcher.controller_up(self.controller)
-        spec = FunctionSpec("f", "function", "m", "f", (MethodSpec("f"),))
-        table = Routes(1, tuple(FunctionRoute(app, 1, spec) for app in ("app", "other")))
-        self.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
-        self.calls = 0
-        self.seq = 0
-
-    def grant(self, limit: int = 1, number: int = 1, *, target: Target = T, state: Any = "ready", concurrency: int = 4):
-        self.seq += 1
-        body = Grant(f"i-{number}", target, limit, concurrency, "n", state, Timeline())
-        self.receive(Header(Type.GRANT, route=number, seq=self.seq), body)
-
-    def submit(self, *, target: Target = T, **more: Any) -> Handle:
-        self.calls += 1
-        return self.dispatcher.submit(Call(self.calls.to_bytes(16, "big"), target, "f", b"{}", **more))
-
-    def receive(self, header: Header, body: Any = None, node: str = "n") -> None:
-        self.dispatcher.on_invoker_message(node, codec.encode(header, body))
-        self.dispatcher.validate()
-
-    def reply(self, handle: Handle, kind: Type, body: Any = None, **header: Any) -> None:
-        header.setdefault("fence", handle.inv.fence)
-        self.receive(Header(kind, handle.inv.id, **header), body)
-
-    def done(self, handle: Handle, payload: bytes = b"1") -> None:
-        self.reply(handle, Type.DONE, Done(payload))
-
-    def output(self, handle: Handle, seq: int, *payloads: bytes, **header: Any) -> None:
-        self.reply(handle, Type.OUTPUT, list(payloads), seq=seq, items=len(payloads), **header)
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-        self.dispatcher.tick()
-        self.dispatcher.validate()
-
-    def invoked(self) -> list[bytes]:
-        return [frame.header.id for frame in self.node.of(Type.INVOKE)]
-
-    def demand(self) -> list[TargetDemand]:
-        return [item for frame in self.controller.of(Type.DEMAND) for item in frame.body.items]
-
-    def empty(self) -> None:
-        self.dispatcher.validate()
-        assert len(self.dispatcher) == 0
-        assert self.dispatcher.slots.in_flight() == 0
-        assert all(handle.ended is not None for handle in self.ended)
-        assert len(self.ended) == len({handle.inv.id for handle in self.ended})
+from sllm_faas.wire.messages import Done, Failed, FunctionRoute, Refused, Routes
+from tests.gateway.world import T, Wire, World
 
 
 @pytest.fixture
-async def world() -> Any:
+async def world() -> AsyncIterator[World]:
     made = World()
     yield made
     made.dispatcher.close()
@@ -424,6 +342,19 @@ async def test_a_table_sent_anew_is_answered_with_all_demand(world: World) -> No
     table = Routes(7, tuple(world.dispatcher.routes.functions.values()))
     world.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
     assert [(item.waiting, item.running) for item in world.demand()[before:]] == [(1, 0)]
+
+
+async def test_demand_told_before_the_table_came_is_taken_back_when_the_table_ended_it(world: World) -> None:
+    """WELCOME is answered with what waits for version 1; then the table says that version 2 serves."""
+    world.dispatcher.controller_down()
+    world.submit()
+    world.dispatcher.controller_up(world.controller)
+    before = len(world.demand())
+    route = world.dispatcher.routes.functions["app", "f"]
+    table = Routes(7, (replace(route, version=route.version + 1),))
+    world.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
+    told = {item.target.version: item.waiting for item in world.demand()[before:]}
+    assert told == {route.version: 0, route.version + 1: 1}
 
 
 async def test_leaving_ends_everything_with_a_reason(world: World) -> None:

@@ -12,11 +12,11 @@ import pytest
 from sllm_gateway import note
 from sllm_gateway.openai_parse import ChatBody, CompletionBody, EmbeddingBody, parse, parse_chat, parse_completion
 
-from sllm_faas.errors import BadRequest, ContextTooLong, UnsupportedParameter, to_info
+from sllm_faas.errors import BadRequest, ContextTooLong, UnsupportedParameter, WorkerLost, to_info
 from sllm_faas.wire import llm
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import Failed, Invoke
-from tests.gateway.fakes import FakeInvoker, Rig, Running, token
+from sllm_faas.wire.messages import Done, Failed, Invoke
+from tests.gateway.fakes import FakeInvoker, Rig, Running, bearer, token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -83,6 +83,37 @@ async def test_completions_take_every_kind_of_prompt(gateway: Rig) -> None:
             assert answer.choices[0].logprobs.text_offset == [0]
     assert asked(gateway).echo
     assert asked(gateway).max_tokens == 16
+
+
+@pytest.mark.parametrize("comments", [True, False])
+async def test_a_resumed_stream_shows_nothing_but_a_comment_if_one_is_wanted(gateway: Rig, comments: bool) -> None:
+    def dies_once(invoker: FakeInvoker, running: Running) -> None:
+        running.sent = running.header.seq
+        if not running.invoke.outputs:
+            invoker.output(running, llm.encode(llm.LlmOutput(0, (7,), "one")))
+            invoker.end(running, Type.FAILED, Failed(to_info(WorkerLost("the container ended"))))
+        else:
+            invoker.output(running, llm.encode(llm.LlmOutput(0, (8,), " two", (), "length")))
+            invoker.end(running, Type.DONE, Done(usage={"prompt_tokens": 1, "completion_tokens": 2}))
+
+    before = gateway.invoker.scripts["complete"]
+    gateway.invoker.scripts["complete"] = dies_once
+    headers = {**bearer("caller"), **({"X-Sllm-Comments": "1"} if comments else {})}
+    try:
+        answer = await gateway.http.post(
+            "/v1/completions", json={"model": "counting", "prompt": "a", "stream": True}, headers=headers
+        )
+    finally:
+        gateway.invoker.scripts["complete"] = before
+    assert [line for line in answer.text.splitlines() if line.startswith(":")] == (
+        [": resumed node-0 -> node-0"] if comments else []
+    )
+    texts = [json.loads(line[6:])["choices"][0]["text"] for line in answer.text.splitlines() if line[:7] == "data: {"]
+    assert "".join(texts) == "one two"
+    resumed = gateway.invoker.got[Type.INVOKE][-1]
+    assert msgspec.msgpack.decode(resumed.body.resume, type=llm.LlmResume) == llm.LlmResume(((7,),), (None,))
+    text = (await gateway.http.get("/metrics")).text
+    assert 'sllm_handover_gap_seconds_count{kind="resume"}' in text
 
 
 async def test_completions_are_streamed(gateway: Rig) -> None:

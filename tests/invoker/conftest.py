@@ -58,9 +58,7 @@ class Containers:
     async def start(self, name: str, do: str = "", spec: FunctionSpec | None = None, object_dir: str = "") -> Watched:
         watched = Watched()
         code = FunctionSpec("f", module="m", qualname="f", methods=(MethodSpec("f"),))
-        config = InstanceConfig(
-            name, "ipc:///nowhere", Target("app", "f", 1), (code,), source_dir=str(self.directory), env={"DO": do}
-        )
+        config = InstanceConfig(name, Target("app", "f", 1), (code,), source_dir=str(self.directory), env={"DO": do})
         watched.handle = await self.runtime.start(
             ContainerSpec(name, dumps(config), spec, object_dir), watched.on_event
         )

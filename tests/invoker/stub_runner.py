@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 
 from sllm_invoker.runner.config import InstanceConfig
 
 
-def run(config: InstanceConfig) -> None:
+def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
+    confined()
     what = config.env.get("DO", "")
     if what == "exit":
         os._exit(3)

@@ -13,7 +13,7 @@ from sllm_invoker.containers import tree
 from sllm_invoker.containers.base import Exited
 
 from sllm_faas.errors import SllmError
-from sllm_faas.spec import FunctionSpec
+from sllm_faas.spec import FunctionSpec, MethodSpec
 
 from .conftest import Containers
 
@@ -73,6 +73,21 @@ async def test_a_killed_zygote_touches_no_instance_and_is_made_again(containers:
     assert await one.handle.stop(0) == Exited(-signal.SIGKILL)
 
 
+async def test_a_layer_that_lives_serves_though_the_one_below_it_died(containers: Containers) -> None:
+    code = FunctionSpec("f", module="m", qualname="f", methods=(MethodSpec("f"),), libs=("numpy",))
+    one = await containers.start("one", spec=code)
+    assert [made.warmth for made in one.handle.made] == ["base", "libs"]
+    instance = tree.look(one.handle.pid)
+    libs = instance and tree.look(instance.parent)
+    assert libs and libs.parent != os.getpid()
+    os.kill(libs.parent, signal.SIGKILL)
+    while "base" in containers.runtime.pool.layers():
+        await asyncio.sleep(0)
+    two = await containers.start("two", spec=code)
+    assert (two.handle.warmth, two.handle.made) == ("libs", ())
+    await two.says("up two")
+
+
 async def test_an_instance_inherits_no_descriptor_of_its_zygotes(containers: Containers) -> None:
     one = await containers.start("one", "descriptors")
     text = await one.says("up one")
@@ -121,3 +136,19 @@ def test_a_record_whose_process_is_another_now_kills_nobody(tmp_path: Path) -> N
 def test_a_damaged_record_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "processes.json").write_text('[{"pid": ')
     assert tree.reap(tmp_path) == 0
+
+
+async def test_a_zygote_that_died_is_made_again_before_anybody_needs_it(containers: Containers) -> None:
+    one = await containers.start("one")
+    await one.says("up one")
+    base = tree.look(one.handle.pid or 0)
+    assert base
+    os.kill(base.parent, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while "base" in containers.runtime.pool:
+            await asyncio.sleep(0)
+        while "base" not in containers.runtime.pool:
+            containers.runtime.tidy()
+            await asyncio.sleep(0)
+    two = await containers.start("two")
+    assert two.handle.warmth == "base"

@@ -54,9 +54,16 @@ def pid():
 
 @app.function
 def forever():
-    import ctypes
+    import ctypes, sys
+    libc = ctypes.PyDLL(None)  # whose calls do not let go of the interpreter
+    sys.setswitchinterval(3600)
+    libc.write(1, b"begun\\n", 6)
+    libc.sleep(3600)
+
+@app.function
+async def blocked():
     os.write(1, b"begun\\n")
-    ctypes.PyDLL(None).sleep(3600)  # never lets go of the interpreter
+    time.sleep(3600)  # its loop takes in no frame meanwhile
 
 @app.function
 async def wait():
@@ -88,7 +95,7 @@ def count(n):
 
 
 def function(name: str, **fields: Any) -> FunctionSpec:
-    method = MethodSpec(name, stream=name == "count", is_async=name == "wait")
+    method = MethodSpec(name, stream=name == "count", is_async=name in ("wait", "blocked"))
     return FunctionSpec(name, module="user_app", qualname=name, methods=(method,), **fields)
 
 
@@ -290,8 +297,9 @@ async def test_code_that_exits_the_process_is_a_lost_worker(node: Node) -> None:
     assert failed.body.error.code == "worker_lost" and "exit status 7" in failed.body.error.message
 
 
-async def test_code_that_ignores_its_cancellation_is_killed_after_the_grace(node: Node) -> None:
-    report = await node.start("forever", cancel_grace=0.3)
+@pytest.mark.parametrize("name", ["forever", "blocked"])
+async def test_code_that_ignores_its_cancellation_is_killed_after_the_grace(node: Node, name: str) -> None:
+    report = await node.start(name, cancel_grace=0.3)
     identity = node.invoke(1, report.number)
     await node.logged("begun")
     node.say(Header(Type.CANCEL, identity, 1))
@@ -299,13 +307,14 @@ async def test_code_that_ignores_its_cancellation_is_killed_after_the_grace(node
     assert not tree.alive(report.pid)
 
 
-async def test_a_stop_does_not_wait_for_code_that_never_ends(node: Node) -> None:
-    report = await node.start("forever", cancel_grace=0.1)
+@pytest.mark.parametrize("name", ["forever", "blocked"])
+async def test_a_stop_does_not_wait_for_code_that_never_ends(node: Node, name: str) -> None:
+    report = await node.start(name, cancel_grace=0.1)
     identity = node.invoke(1, report.number)
     await node.logged("begun")
-    node.command(Type.STOP, Stop("ins-forever", drain=0.1))
+    node.command(Type.STOP, Stop(f"ins-{name}", drain=0.1))
     assert (await node.terminal(identity)).header.type is Type.CANCELLED
-    await node.state("ins-forever", "stopped")
+    await node.state(f"ins-{name}", "stopped")
     assert not tree.alive(report.pid)
 
 
@@ -352,10 +361,42 @@ async def test_sigterm_ends_everything_in_order(node: Node) -> None:
     report = await node.start("echo")
     assert node.process is not None
     node.process.terminate()
+    await node.frame(Type.LEAVING)
+    node.command(Type.STOP, Stop("ins-echo"))
     await node.state("ins-echo", "stopped")
     assert await node.exit() == 0
     assert not tree.alive(report.pid)
     assert not tree._leftovers(node.config.node_dir("node-0"))
+
+
+async def test_a_node_that_leaves_serves_on_until_its_work_is_taken_away_and_loses_no_frame(node: Node) -> None:
+    echo, wait = await node.start("echo"), await node.start("wait")
+    waiting = node.invoke(1, wait.number)
+    identity = os.urandom(16)
+    node.say(Header(Type.REQUEST, identity), Request("node.leave"))
+    assert (await node.frame(Type.REPLY, lambda f: f.header.id == identity)).body.error is None
+    await node.frame(Type.LEAVING)
+    assert (await node.terminal(node.invoke(2, echo.number, b'{"x": 5}'))).body.payload == b"5"
+    for name in ("echo", "wait"):
+        node.command(Type.STOP, Stop(f"ins-{name}"))
+    await node.state("ins-echo", "stopped")
+    late = node.invoke(3, echo.number)
+    assert (await node.terminal(late)).header.type is Type.REFUSED
+    node.say(Header(Type.CANCEL, waiting, 1))
+    assert (await node.terminal(waiting)).header.type is Type.CANCELLED
+    await node.frame(Type.BYE)
+    assert await node.exit() == 0
+
+
+async def test_a_controller_that_comes_back_is_told_of_the_notice_again(node: Node) -> None:
+    await node.start("echo")
+    assert node.process is not None
+    node.process.terminate()
+    await node.frame(Type.LEAVING)
+    node.controller.send(node.peer, [Header(Type.BYE).pack()])
+    await node.frame(Type.LEAVING)
+    node.command(Type.STOP, Stop("ins-echo"))
+    assert await node.exit() == 0
 
 
 async def test_a_killed_invoker_takes_its_containers_along_and_the_next_life_reaps_the_rest(node: Node) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,20 @@ from sllm_faas.wire.bus import Dealer, Parts
 from sllm_faas.wire.codec import decode_body, encode, pack
 from sllm_faas.wire.header import NO_LIMIT, Header, Type, unpack
 from sllm_faas.wire.messages import Done, Hello, Invoke, Request, Want
+from sllm_faas.wire.stream import Stream
 
 TARGET = Target("app", "f", 1)
 GATEWAY = b"gateway-0:x"
 
 
 class Peer:
-    """A DEALER that remembers what it got."""
+    """One that remembers what it got."""
 
-    def __init__(self, endpoint: str, identity: bytes) -> None:
+    def __init__(self) -> None:
         self.got: list[Parts] = []
         self._changed = asyncio.Event()
-        self.dealer = Dealer(endpoint, identity, self._receive)
 
-    def _receive(self, parts: Parts) -> None:
+    def receive(self, parts: Parts) -> None:
         self.got.append(parts)
         self._changed.set()
 
@@ -43,6 +44,19 @@ class Peer:
                         return parts
                 self._changed.clear()
                 await self._changed.wait()
+
+
+class Gateway(Peer):
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self.dealer = Dealer(relay.endpoint, GATEWAY, self.receive)
+
+
+class Container(Peer):
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self.ended = asyncio.Event()
+        self.stream = Stream(relay.link(b"ins-1"), self.receive, lambda _: self.ended.set())
 
 
 def events() -> RelayEvents:
@@ -58,7 +72,7 @@ def events() -> RelayEvents:
 @pytest.fixture
 async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
     core = RelayCore("node-0")
-    made = Relay(core, f"ipc://{tmp_path}/g.sock", f"ipc://{tmp_path}/c.sock", events(), life="1")
+    made = Relay(core, f"ipc://{tmp_path}/g.sock", events(), life="1")
     made.add(Instance(1, "ins-1", b"ins-1", TARGET, 2, None, 5.0))
     made.ready(1, Timeline())
     yield made
@@ -66,9 +80,9 @@ async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
 
 
 async def test_an_invocation_goes_through_and_its_parts_with_it(relay: Relay) -> None:
-    gateway = Peer(relay.endpoint, GATEWAY)
-    container = Peer(relay.container_endpoint, b"ins-1")
-    container.dealer.send(encode(Header(Type.HELLO), Hello("container", "ins-1", "1")))
+    gateway = Gateway(relay)
+    container = Container(relay)
+    container.stream.send(encode(Header(Type.HELLO), Hello("container", "ins-1", "1")))
     gateway.dealer.send(encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x")))
     await gateway.next(Type.WELCOME)
     await gateway.next(Type.GRANT)
@@ -76,21 +90,56 @@ async def test_an_invocation_goes_through_and_its_parts_with_it(relay: Relay) ->
     gateway.dealer.send(sent)
     assert await container.next(Type.INVOKE) == sent
     done = encode(Header(Type.DONE, bytes(16), 1), Done(b"result"))
-    container.dealer.send(done)
+    container.stream.send(done)
     assert await gateway.next(Type.DONE) == done
     gateway.dealer.close()
-    container.dealer.close()
+    container.stream.close()
+
+
+async def test_what_a_container_said_before_it_died_counts(relay: Relay) -> None:
+    gateway = Gateway(relay)
+    container = Container(relay)
+    gateway.dealer.send(encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x")))
+    await gateway.next(Type.GRANT)
+    for number in (1, 2):
+        gateway.dealer.send(encode(Header(Type.INVOKE, bytes([number]) * 16, 1, 1, credit=NO_LIMIT), Invoke("f")))
+        await container.next(Type.INVOKE)
+    done = encode(Header(Type.DONE, bytes([1]) * 16, 1), Done(b"result"))
+    container.stream.send(done)
+    container.stream.close()
+    relay.gone(1, "failed")
+    assert await gateway.next(Type.DONE) == done
+    assert unpack((await gateway.next(Type.FAILED))[0]).id == bytes([2]) * 16
+    gateway.dealer.close()
+
+
+async def test_a_container_without_its_link_is_killed(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sllm_invoker.relay.UNLINKED", 0.0)
+    killed: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+    monkeypatch.setattr(relay, "_events", replace(events(), kill=lambda number, why: killed.put_nowait((number, why))))
+    with relay.link(b"ins-1") as sock:
+        sock.sendall(b"\xff" * 8)
+        number, why = await asyncio.wait_for(killed.get(), 10)
+    assert number == 1 and "its link broke" in why
+    assert relay.core.dropped["bad_stream"] == 1
+
+
+async def test_a_message_of_too_many_parts_is_dropped_before_it_takes_a_slot(relay: Relay) -> None:
+    relay._from_gateway(GATEWAY, encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x")))
+    header = Header(Type.INVOKE, bytes(16), 1, 1, credit=NO_LIMIT)
+    relay._from_gateway(GATEWAY, [*encode(header, Invoke("f")), *[b""] * 65])
+    assert relay.core.dropped["bad_frame"] == 1 and relay.core.running(1) == 0
 
 
 async def test_a_gateway_that_was_never_welcomed_is_told_to_begin_anew(relay: Relay) -> None:
-    gateway = Peer(relay.endpoint, GATEWAY)
+    gateway = Gateway(relay)
     gateway.dealer.send([Header(Type.HEARTBEAT).pack()])
     await gateway.next(Type.BYE)
     gateway.dealer.close()
 
 
 async def test_the_heartbeat_comes_without_asking(relay: Relay) -> None:
-    gateway = Peer(relay.endpoint, GATEWAY)
+    gateway = Gateway(relay)
     gateway.dealer.send(encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x")))
     await gateway.next(Type.HEARTBEAT)
     gateway.dealer.close()
@@ -100,7 +149,6 @@ async def test_ten_thousand_mutated_frames_are_dropped_counted_and_leak_no_slot(
     relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay._gateways, "send", lambda *_: None)
-    monkeypatch.setattr(relay._containers, "send", lambda *_: None)
     core, rng = relay.core, random.Random(20)
     hello = encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x"))
     relay._from_gateway(GATEWAY, hello)

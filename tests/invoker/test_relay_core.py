@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Send
 
+from sllm_faas.errors import WorkerLost, to_info
 from sllm_faas.spec import Target, Timeline
 from sllm_faas.wire.codec import decode, encode
 from sllm_faas.wire.header import NO_LIMIT, Header, Type, unpack
@@ -69,6 +70,24 @@ class Rig:
         return self.core.tick(self.now)
 
 
+def test_a_core_is_quiet_once_nothing_runs_and_every_gateway_knows_its_last_grant():
+    rig = Rig()
+    assert rig.core.quiet
+    rig.core.drain(1, rig.now)
+    (grant,) = rig.core.settle()
+    assert isinstance(grant, Send)
+    assert not rig.core.quiet, "it may still dispatch on the grant before"
+    rig.core.want(G, unpack(grant.parts[0]), 0)
+    assert rig.core.quiet
+    (last,) = rig.core.gone(1, "stopped", 0.0)
+    assert not rig.core.quiet
+    rig.core.want(G, unpack(grant.parts[0]), 0)
+    assert not rig.core.quiet, "that was an older one"
+    assert isinstance(last, Send)
+    rig.core.gateway_lost(G, 0.0)
+    assert rig.core.quiet, "whoever is gone dispatches nothing"
+
+
 def kinds(actions: list[Action]) -> list[Type]:
     return [unpack(action.parts[0]).type for action in actions if isinstance(action, Send)]
 
@@ -101,6 +120,31 @@ def test_frames_are_forwarded_as_they_came() -> None:
     rig.core.validate()
 
 
+def test_a_resumed_invocation_speaks_from_the_output_its_gateway_names() -> None:
+    rig = Rig()
+    header = Header(Type.INVOKE, ident(1), 2, 1, seq=5, credit=NO_LIMIT)
+    rig.core.from_gateway(G, header, encode(header, Invoke("f", stream=True, outputs=5)), 0.0)
+    assert rig.container(Type.OUTPUT, 1, [b"x"], fence=2, seq=0, items=1) == []
+    assert kinds(rig.container(Type.OUTPUT, 1, [b"x"], fence=2, seq=5, items=1)) == [Type.OUTPUT]
+
+
+def test_an_orphan_is_stopped_by_whoever_knows_its_fence() -> None:
+    rig = Rig(gateways=(G, H))
+    rig.invoke(1, credit=8)
+    rig.join(G)  # it was lost and is back: what it had is nobody's now
+    assert rig.gateway(Type.CANCEL, 1, fence=9) == []
+    assert kinds(rig.gateway(Type.CANCEL, 1)) == [Type.CANCEL]
+    rig.core.validate()
+
+
+def test_a_cancel_under_an_older_fence_is_confirmed_and_touches_nothing() -> None:
+    rig = Rig()
+    rig.invoke(1, fence=3)
+    (answer,) = rig.gateway(Type.CANCEL, 1, fence=2)
+    assert isinstance(answer, Send) and unpack(answer.parts[0])[:3] == (Type.CANCELLED, ident(1), 2)
+    assert kinds(rig.container(Type.DONE, 1, Done(), fence=3)) == [Type.DONE]
+
+
 def test_without_a_slot_it_is_refused_and_never_reaches_the_container() -> None:
     rig = Rig(concurrency=1)
     rig.invoke(1)
@@ -116,7 +160,7 @@ def test_unknown_draining_and_stale_are_refused_by_name() -> None:
     assert body(rig.core.from_gateway(G, header, [header.pack()], 0.0)[0]) == Refused("unknown_instance")
     rig.invoke(2)
     assert body(rig.invoke(2)[0]) == Refused("stale_fence")
-    rig.core.drain(1)
+    rig.core.drain(1, rig.now)
     assert body(rig.invoke(3)[0]) == Refused("draining")
     rig.core.validate()
 
@@ -215,6 +259,20 @@ def test_a_dead_container_fails_what_ran_in_it_and_frees_nothing_twice() -> None
     rig.core.validate()
 
 
+def test_an_instance_has_served_once_it_said_something() -> None:
+    rig = Rig()
+    rig.invoke(1)
+    rig.invoke(2)
+    rig.container(Type.FAILED, 2, Failed(to_info(WorkerLost("no"))))
+    assert not rig.core.served(1)
+    rig.output(1, 0)
+    assert rig.core.served(1)
+    rig.container(Type.FAILED, 1, Failed(to_info(WorkerLost("no"))), seq=1)
+    assert rig.core.served(1), "the part of an answer counts"
+    rig.core.gone(1, "failed", rig.now)
+    assert not rig.core.served(1)
+
+
 def test_an_orphan_is_adopted_replayed_and_goes_on() -> None:
     rig = Rig(gateways=(G, H))
     rig.invoke(1, credit=100)
@@ -224,10 +282,11 @@ def test_an_orphan_is_adopted_replayed_and_goes_on() -> None:
     rig.core.gateway_lost(G, rig.now)
     assert rig.output(1, 4) == []
     actions = rig.gateway(Type.ADOPT, 1, H, seq=2, credit=200)
-    assert kinds(actions) == [Type.ADOPTED, Type.OUTPUT, Type.OUTPUT, Type.OUTPUT, Type.CREDIT]
+    assert kinds(actions) == [Type.ADOPTED, *[Type.OUTPUT] * 5, Type.CREDIT]
     found = body(actions[0])
     assert (found.status, found.target, found.instance) == ("found", TARGET, "ins-1")
-    assert [unpack(action.parts[0]).seq for action in actions[1:4] if isinstance(action, Send)] == [2, 3, 4]
+    seqs = [unpack(action.parts[0]).seq for action in actions[:6] if isinstance(action, Send)]
+    assert seqs == [0, 0, 1, 2, 3, 4], "all of it, so that it can be resumed"
     assert kinds(rig.output(1, 5)) == [Type.OUTPUT]
     assert kinds(rig.container(Type.DONE, 1, Done())) == [Type.DONE]
     rig.core.validate()

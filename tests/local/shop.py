@@ -89,6 +89,16 @@ async def acount(n: int) -> AsyncIterator[int]:
         seen.append("acount ended")
 
 
+@app.function(max_containers=1, resumable=True)
+async def steps(item: Item, n: int) -> AsyncIterator[tuple[int, Item]]:
+    """Halts before its third step, for ever, unless it has been resumed."""
+    last = sllm.resumed()
+    for step in range(0 if last is None else last[0] + 1, n):
+        if step == 2 and last is None:
+            await asyncio.Event().wait()
+        yield step, item if last is None else last[1]
+
+
 @app.function(max_containers=1, cancel_grace=5.0)
 def hold(name: str) -> str:
     seen.append(name)

@@ -17,6 +17,7 @@ import sllm.testing
 from sllm import _backend, errors
 
 from sllm_faas.local import LocalPlatform
+from sllm_faas.wire.messages import Stop
 
 _spec = importlib.util.spec_from_file_location("shop", Path(__file__).with_name("shop.py"))
 assert _spec is not None
@@ -101,6 +102,26 @@ def test_large_payloads_travel_out_of_band_both_ways(platform: LocalPlatform) ->
 def test_a_stream_longer_than_its_window_is_complete_and_in_order(platform: LocalPlatform) -> None:
     assert list(shop.count.stream(5000)) == list(range(5000))
     assert list(shop.acount.stream(3000)) == list(range(3000))
+
+
+def test_a_resumable_generator_goes_on_behind_its_last_value_when_its_instance_is_stopped(
+    platform: LocalPlatform,
+) -> None:
+    item = shop.Item("tea", b"green")
+    outputs = shop.steps.stream(item, 5)
+    assert [next(outputs), next(outputs)] == [(0, item), (1, item)]
+
+    async def stop_all() -> None:
+        for instance in list(platform.node.core.instances.values()):
+            platform.node.stop(Stop(instance.name, drain=0.0))
+
+    _backend.wait(_backend.submit(stop_all()))
+    assert list(outputs) == [(2, item), (3, item), (4, item)]
+    assert platform.dispatcher.resumes == {"stopped": 1}
+
+
+def test_nothing_is_resumed_where_nothing_was_lost() -> None:
+    assert sllm.resumed() is None
 
 
 def test_functions_call_functions_of_other_apps(platform: LocalPlatform) -> None:

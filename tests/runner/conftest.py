@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from sllm_invoker.checkpoints.ingest import ingest
+from sllm_invoker.checkpoints.object import CheckpointObject
+from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.runner.attach import prepare
+from sllm_invoker.runner.engines import create
+from sllm_invoker.runner.engines.base import Engine
+from sllm_invoker.runner.tokens import TextCodec
 
 from tests.runner.harness import Runner, start
+
+COUNTING = Path(__file__).parents[2] / "examples" / "counting" / "model"
 
 
 @pytest.fixture
@@ -45,3 +55,40 @@ class _Shared(dict[str, Runner]):
             context.__exit__(None, None, None)  # type: ignore[attr-defined]
         for directory in self._open:
             directory.cleanup()
+
+
+@pytest.fixture(scope="session")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> CheckpointObject:
+    """The tiny model that counts and rolls dice."""
+    store = CheckpointStore(tmp_path_factory.mktemp("store"))
+    ingest(store, str(COUNTING), "counting")
+    return store.ensure_verified("counting")
+
+
+@pytest.fixture(scope="session")
+def codec(counting: CheckpointObject) -> TextCodec:
+    return TextCodec.load(counting.directory)
+
+
+@pytest.fixture
+def open_engine(counting: CheckpointObject) -> Iterator[Callable[[], Engine]]:
+    """Makes engines of the counting model, and closes them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    engines: list[Engine] = []
+
+    def make() -> Engine:
+        made = create(prepare(counting), cache_tokens=None, max_sequences=16)
+        made.attach(counting.directory)
+        engines.append(made)
+        return made
+
+    yield make
+    for made in engines:
+        made.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def engine(open_engine: Callable[[], Engine]) -> Engine:
+    return open_engine()

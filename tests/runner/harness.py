@@ -1,4 +1,4 @@
-"""The invoker's end of an instance's link, for tests: a real ROUTER on ipc and a runner in a real process.
+"""The invoker's end of an instance's link, for tests: a real socket and a runner in a real process.
 
     with start("echo", directory) as r:
         r.ready()
@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -24,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 from sllm_invoker.runner.config import InstanceConfig, dumps
 
 from sllm_faas.errors import ErrorInfo
@@ -33,6 +34,7 @@ from sllm_faas.wire.codec import Frame, decode, encode
 from sllm_faas.wire.header import NO_LIMIT, Header, Type
 from sllm_faas.wire.messages import INLINE_LIMIT, Invoke, LogRecord, Shutdown
 from sllm_faas.wire.payload import decode_result, encode_call
+from sllm_faas.wire.stream import READ, Outgoing, Splitter
 
 APPS = Path(__file__).parent / "apps"
 LIMIT = 30.0
@@ -51,9 +53,9 @@ sys.stdout.buffer.write(msgspec.json.encode(list(app.app.functions)))
 class Runner:
     """One instance. Frames are kept by invocation as they come."""
 
-    socket: zmq.SyncSocket
+    socket: socket.socket
     process: subprocess.Popen[bytes]
-    identity: bytes = b"i-1"
+    splitter: Splitter = field(default_factory=Splitter)
     frames: dict[bytes, list[Frame]] = field(default_factory=lambda: defaultdict(list))
     logs: list[LogRecord] = field(default_factory=list)
     control: list[Frame] = field(default_factory=list)
@@ -65,7 +67,9 @@ class Runner:
         self.send_raw(encode(header, body, *buffers))
 
     def send_raw(self, parts: list[bytes]) -> None:
-        self.socket.send_multipart([self.identity, *parts])
+        outgoing = Outgoing()
+        outgoing.add(parts)
+        assert outgoing.write(self.socket)
 
     def new_id(self) -> bytes:
         self.calls += 1
@@ -98,9 +102,12 @@ class Runner:
     def wait(self, condition: Callable[[], Any]) -> Any:
         """Take frames in until `condition` holds; its value."""
         while not (value := condition()):
-            if not self.socket.poll(int(LIMIT * 1000)):
+            if not select.select([self.socket], [], [], LIMIT)[0]:
                 raise AssertionError(f"nothing came for {LIMIT} s; frames: {dict(self.frames)} {self.control}")
-            self._take(self.socket.recv_multipart()[1:])
+            data = self.socket.recv(READ)
+            assert data, f"the runner closed its link; frames: {dict(self.frames)} {self.control}"
+            for parts in self.splitter.feed(data):
+                self._take(parts)
         return value
 
     def _take(self, parts: list[bytes]) -> None:
@@ -129,9 +136,10 @@ class Runner:
         return error
 
     def end(self, call: bytes) -> Frame:
-        """The terminal frame of a call: the only one, and the last."""
+        """The terminal frame of a call, and the last; only a CANCEL that came after it is answered once more."""
         frame: Frame = self.wait(lambda: next((f for f in self.frames[call] if f.header.type in TERMINAL), None))
-        assert frame is self.frames[call][-1]
+        later = self.frames[call][self.frames[call].index(frame) + 1 :]
+        assert all(answer.header.type is Type.CANCELLED for answer in later)
         return frame
 
     def outputs(self, call: bytes) -> list[Any]:
@@ -183,25 +191,21 @@ def specs(directory: Path = APPS) -> dict[str, FunctionSpec]:
 @contextmanager
 def started(config: InstanceConfig, directory: Path, *, module: str = _MAIN) -> Iterator[Runner]:
     """A runner process with `config`, made by running `module`; its files are in `directory`."""
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.router_mandatory = True
-    socket.bind(config.endpoint)
+    ours, theirs = socket.socketpair()
+    config = replace(config, link=theirs.fileno())
     path = directory / f"{config.instance}.json"
     path.write_bytes(dumps(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, str(path)],
-        pass_fds=() if config.lifeline < 0 else (config.lifeline,),
-        start_new_session=True,
-    )
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(path)], pass_fds=(theirs.fileno(),), start_new_session=True
+        )
     try:
-        yield Runner(socket, process)
+        yield Runner(ours, process)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        socket.close(linger=0)
-        context.term()
+        ours.close()
 
 
 @contextmanager
@@ -211,7 +215,6 @@ def start(
     """An instance of the function `name` of the app in `source`. `fields` are the config's."""
     config = InstanceConfig(
         instance="i-1",
-        endpoint=f"ipc://{directory}/c.sock",
         target=Target("test", name, 1),
         specs=(spec or specs(source)[name],),
         source_dir=str(source),

@@ -14,7 +14,6 @@ FUNCTION = FunctionSpec("f", "function", "app", "f", methods=(MethodSpec("f"),))
 LLM = FunctionSpec("m", "llm", checkpoint=CheckpointSpec("s"))
 GOOD: dict[str, Any] = {
     "instance": "i",
-    "endpoint": "ipc:///s",
     "target": Target("a", "f", 1),
     "specs": (FUNCTION,),
     "source_dir": "/src",
@@ -32,7 +31,6 @@ def test_it_survives_json() -> None:
     ("changes", "said"),
     [
         ({"instance": ""}, "instance"),
-        ({"endpoint": "http://x"}, "endpoint 'http://x'"),
         ({"specs": ()}, "0 functions to serve"),
         ({"specs": (FUNCTION, FUNCTION)}, "2 functions to serve"),
         ({"specs": (LLM,)}, "object_dir"),

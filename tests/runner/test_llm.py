@@ -63,20 +63,26 @@ class ScriptedEngine:
     def attach(self, checkpoint: Path) -> AttachReport:
         raise NotImplementedError
 
-    async def prefill(self, request: GenerateRequest) -> Drawn:
+    async def prefill(self, request: GenerateRequest, *, patient: bool = False) -> Drawn:
         self.sequences.append(Drawn(request))
         return self.sequences[-1]
 
     async def extend(self, sequence: Any, tokens: Sequence[int]) -> None:
         raise NotImplementedError
 
-    async def activate(self, sequence: Any) -> AsyncIterator[list[TokenOutput]]:
+    async def activate(self, sequence: Any, tokens: Sequence[int] = ()) -> AsyncIterator[list[TokenOutput]]:
         try:
             for step in self.script(sequence.request):
                 yield step
             await asyncio.Event().wait()  # a script without an end is held until it is cancelled
         finally:
             sequence.cancelled = True
+
+    async def pause(self, sequence: Any) -> None:
+        raise NotImplementedError
+
+    def proceed(self, sequence: Any) -> None:
+        raise NotImplementedError
 
     def cancel(self, sequence: Any) -> None:
         sequence.cancelled = True

@@ -30,7 +30,6 @@ def counting() -> Iterator[Runner]:
         ingest(store, str(MODEL), "counting")
         config = InstanceConfig(
             instance="i-1",
-            endpoint=f"ipc://{directory}/c.sock",
             target=Target("counting", "counting", 1),
             specs=(FunctionSpec("counting", "llm", methods=METHODS, checkpoint=CheckpointSpec("c"), concurrency=4),),
             object_dir=str(store.get("counting").directory),
@@ -94,6 +93,16 @@ def test_a_cancelled_stream_leaves_its_slot_to_others(counting: Runner) -> None:
     for call in calls:
         assert counting.end(call).header.type is Type.CANCELLED
     assert text(counting, ask(counting, "complete", prompts=("7",), max_tokens=1)).split() == ["8"]
+
+
+def test_it_tells_how_long_its_contexts_are(counting: Runner) -> None:
+    def told() -> int:
+        return max((each.header.seq for each in counting.control if each.header.type is Type.CONTEXT), default=0)
+
+    call = ask(counting, "complete", prompts=("1 2 3",), max_tokens=4000)
+    counting.wait(lambda: told() > 100)
+    counting.cancel(call)
+    counting.end(call)
 
 
 def test_a_stop_string_and_several_choices(counting: Runner) -> None:

@@ -338,6 +338,14 @@ class Hooked:
     def go(self) -> None: ...
 
 
+def test_generators_say_for_themselves_that_they_can_go_on() -> None:
+    fresh = sllm.App("fresh")
+    fresh.function(resumable=True)(lambda_free_generator)
+    fresh.function(name="plain")(lambda_free_generator)
+    specs = [function.methods[0] for function in fresh.functions]
+    assert [method.resumable for method in specs] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -349,6 +357,10 @@ class Hooked:
         (same_name, "two functions named 'by_hand'"),
         (batched_generator, "generator and batched"),
         (lambda fresh: fresh.function(lambda x: x), "is a lambda"),
+        (lambda fresh: fresh.function(by_hand, resumable=True), "resumable but no generator"),
+        (lambda fresh: fresh.function(resumable=1)(lambda_free_generator), "allowed: True or False"),  # type: ignore[call-overload]
+        (lambda fresh: sllm.method(resumable=True)(by_hand), "resumable but no generator"),
+        (lambda fresh: fresh.cls(resumable=True)(Hooked), "has no option 'resumable'"),
         (lambda fresh: fresh.function(print), "defined with `def`"),
         (lambda fresh: fresh.function(Hooked), "use @app.cls"),
         (lambda fresh: fresh.function(Hooked.go), "is a method"),

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import msgpack
 import pytest
+from sllm import _http
 from sllm._backend import Call
 from sllm._http import MAX_RECORD, HttpBackend
 from sllm._profile import Profile
@@ -182,6 +183,82 @@ async def test_a_stream_that_ends_without_a_terminal_record_is_an_error(chunks: 
 async def test_a_damaged_stream_is_a_wire_error(chunk: bytes) -> None:
     with pytest.raises(WireError):
         await collect(streaming(chunk).stream(CALL))
+
+
+class Gateways:
+    """Answers in turn; the first is to POST, the others to re-attach. A number is a status with that code's error."""
+
+    def __init__(self, *answers: bytes | int | Exception) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.slept: list[float] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((request.method, request.url.path, request.headers.get("last-event-id")))
+        answer = self.answers.pop(0) if self.answers else 409
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, int):
+            codes = {404: "not_found", 409: "conflict", 410: "gone", 503: "unavailable"}
+            return httpx.Response(answer, json={"error": {"message": "no", "code": codes[answer]}})
+        return httpx.Response(200, headers={"x-invocation-id": "inv-7"}, stream=Chunks([answer]))
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def backend(self) -> HttpBackend:
+        return HttpBackend(Profile("http://server", "secret"), httpx.MockTransport(self), self.sleep)
+
+
+def outputs(*seqs: int) -> bytes:
+    return b"".join(record(t="output", seq=seq, data=b"%d" % seq) for seq in seqs)
+
+
+DONE = record(t="done", seconds=1.0)
+
+
+async def test_a_stream_whose_gateway_was_lost_is_read_to_its_end_at_another() -> None:
+    cut = httpx.ConnectError("refused")
+    gateways = Gateways(outputs(0, 1), cut, 409, outputs(2, 3), 503, outputs(4) + DONE)
+    assert await collect(gateways.backend().stream(CALL)) == [b"0", b"1", b"2", b"3", b"4"]
+    again = "/v1/invocations/inv-7/events"
+    assert gateways.asked[1:] == [("GET", again, "1")] * 3 + [("GET", again, "3")] * 2
+    assert len(gateways.slept) == 5
+
+
+async def test_a_stream_lost_before_its_first_output_is_attached_to_from_the_beginning() -> None:
+    gateways = Gateways(record(t="ping"), outputs(0) + DONE)
+    assert await collect(gateways.backend().stream(CALL)) == [b"0"]
+    assert gateways.asked[1][2] is None
+
+
+@pytest.mark.parametrize("answer", [404, 410])
+async def test_a_stream_that_no_gateway_has_any_more_broke_when_it_broke(answer: int) -> None:
+    gateways = Gateways(outputs(0), answer)
+    with pytest.raises(Unavailable, match="before its end"):
+        await collect(gateways.backend().stream(CALL))
+    assert len(gateways.asked) == 2
+
+
+async def test_a_call_that_never_reached_a_gateway_is_not_attached_to() -> None:
+    gateways = Gateways(httpx.ConnectError("refused"))
+    with pytest.raises(Unavailable, match="cannot reach"):
+        await collect(gateways.backend().stream(CALL))
+    assert len(gateways.asked) == 1
+
+
+async def test_a_lost_stream_is_asked_for_no_longer_than_invokers_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_http, "REATTACH", 0.0)
+    gateways = Gateways(outputs(0))
+    with pytest.raises(Unavailable, match="before its end"):
+        await collect(gateways.backend().stream(CALL))
+
+
+async def test_an_error_of_the_function_after_re_attaching_is_its_error() -> None:
+    error = info_map(exception_to_info(ValueError("bad")))
+    gateways = Gateways(outputs(0), outputs(1) + record(t="error", error=error))
+    with pytest.raises(ValueError, match="bad"):
+        await collect(gateways.backend().stream(CALL))
 
 
 async def test_a_refused_stream_is_its_error() -> None:

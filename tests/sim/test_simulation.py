@@ -68,14 +68,14 @@ def test_estimates_become_right_where_nothing_is_random():
 
 
 def test_running_requests_are_moved_or_preempted_only_by_the_policies_that_do():
-    crowded = SMALL.at(2.0)
-    results = {policy: Simulation(crowded, policy, 5).run() for policy in POLICIES}
+    crowded = replace(SMALL, nodes=(replace(SMALL.nodes[0], count=3),)).at(2.0)
+    results = {policy: Simulation(crowded, policy, 6).run() for policy in POLICIES}
     assert results["ours"].migrations > 0
     assert results["serverlessllm"].migrations > 0
     assert results["preempt"].preemptions > 0
     for policy in ("availability", "balanced", "random"):
         assert results[policy].migrations == results[policy].preemptions == 0
-    assert Simulation(replace(crowded, migrate=False), "ours", 5).run().migrations == 0
+    assert Simulation(replace(crowded, migrate=False), "ours", 6).run().migrations == 0
 
 
 def test_a_refused_request_is_counted():

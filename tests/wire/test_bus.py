@@ -58,10 +58,19 @@ async def test_a_reply_sent_from_within_the_callback_arrives(tmp_path: Path) -> 
     router.close()
 
 
-async def test_sending_to_an_unknown_peer_says_so(tmp_path: Path) -> None:
-    router = Router(f"ipc://{tmp_path}/s", lambda peer, parts: None)
-    with pytest.raises(PeerGone):
-        router.send(b"nobody", [b"x"])
+async def test_sending_to_an_unknown_peer_says_so_and_keeps_nothing_from_the_others(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    gone: asyncio.Queue[bytes] = asyncio.Queue()
+    seen, got = Collector(), Collector()
+    router = Router(endpoint, seen.peer_message, on_gone=gone.put_nowait)
+    dealer = Dealer(endpoint, b"me", got.message)
+    dealer.send([b"hello"])
+    await seen.take(1)
+    for peer in (b"nobody", b"me"):
+        router.send(peer, [b"x"])
+    assert await asyncio.wait_for(gone.get(), 10) == b"nobody"
+    assert await got.take(1) == [(b"x",)]
+    dealer.close()
     router.close()
     with pytest.raises(PeerGone):
         router.send(b"nobody", [b"x"])

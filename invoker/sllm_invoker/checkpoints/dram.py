@@ -23,7 +23,6 @@ from sllm_invoker.checkpoints.reader import Opener, Reader, Reading, ReadReport,
 from sllm_invoker.checkpoints.slab_book import Residence, SlabBook
 from sllm_invoker.checkpoints.slabs import SLAB_BYTES, Slab, SlabPool, fault
 
-ALL_RESIDENT = 0.99
 FIRST_GUESS = 1e9
 """Bytes per second that the disk is taken to read until it was measured."""
 LEARNING = 0.3
@@ -155,7 +154,7 @@ class DramTier:
         path = directory / part.name
         residence = self._place(digest, part.bytes)
         load = self.loads[digest] = Load(digest, directory, part, residence)
-        if residence is None and resident(path) >= ALL_RESIDENT:
+        if residence is None and resident(path) == 1.0:
             self._post(lambda: self.done(load))
             return load
         memory = [slab.view for slab in self.slabs(residence)] if residence is not None else None

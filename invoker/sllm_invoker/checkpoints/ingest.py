@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from typing import Any
 import blake3
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, SllmError, to_info
+from sllm_invoker.checkpoints.adapter import write_adapter
 from sllm_invoker.checkpoints.object import (
     FORMAT_VERSION,
     LAYOUT_VERSION,
@@ -38,12 +39,12 @@ from sllm_invoker.checkpoints.object import (
     Progress,
     Source,
     file_digest,
+    first_line,
     identity,
-    write_manifest,
 )
-from sllm_invoker.checkpoints.part import write_part
-from sllm_invoker.checkpoints.source import Origin, content_digest, first_line, resolve, settled, stat_lines
-from sllm_invoker.checkpoints.store import CheckpointStore, check_name, storage_errors, sync_directory
+from sllm_invoker.checkpoints.part import collect, write_part
+from sllm_invoker.checkpoints.source import Origin, content_digest, resolve
+from sllm_invoker.checkpoints.store import CheckpointStore, check_name, storage_errors
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PART_NAME = "part-0-of-1.safetensors"
@@ -65,9 +66,11 @@ def ingest(
     *,
     revision: str = "",
     dtype: str = "auto",
+    base: str = "",
     progress: Progress | None = None,
 ) -> Ingested:
-    """Bring `source` (a directory or a Hugging Face repo id) into the store and point ref `name` at it.
+    """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
+    adapter needs its `base`: the name or digest of a checkpoint in the store.
 
     Raises BadSpec (not a model, refused, bad name or dtype), CheckpointUnavailable (cannot be reached),
     CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -77,30 +80,55 @@ def ingest(
     check_name(name)
     report = progress or _silent
     report(0, 0, "resolve")
-    origin = resolve(source, revision)
+    origin = resolve(source, revision, store.root / "downloads")
+    if origin.adapter != bool(base):
+        what = "is a LoRA adapter and needs its base" if origin.adapter else "is no LoRA adapter and has no base"
+        raise BadSpec(f"{source} {what}.", hint="--base names the checkpoint that an adapter adapts.", param="base")
+    adapted = store.get(base) if base else None
     layout_key = f"{LAYOUT_VERSION}|{version('transformers')}|{dtype}"  # not imported: a known source is quick
-    with storage_errors(store.root):
-        # Two keys: the cheap one holds while no file was touched, the sure one while content is the same.
-        quick = _key("stat", layout_key, str(origin.directory), stat_lines(origin.files))
-        found = store.known(quick) if settled(origin.files) else None
+    if adapted is not None:
+        layout_key += f"|{adapted.digest}"
+    # Two keys: the cheap one holds while no file was touched, the sure one while content is the same.
+    quick = _key("stat", layout_key, origin.state)
+    with storage_errors(store.root), store.only_one(quick):
+        found = store.known(quick) if origin.settled else None
         if found is None:
-            content = content_digest(origin.files, report)
+            origin = origin.fetched(report)
+            content = content_digest(origin.files, report, origin.sums)
+            _check_content(origin, content)
             sure = _key("content", layout_key, content)
             with store.only_one(sure):
                 found = store.known(sure)
                 if found is None:
-                    digest = _write(store, origin, content, dtype, report)
+                    if adapted is not None:
+                        digest = write_adapter(store, origin, content, adapted, report)
+                    else:
+                        digest = _write(store, origin, content, dtype, report)
                     store.remember(sure, digest)
                     store.remember(quick, digest)
                     store.set_ref(name, digest)
+                    _forget_download(origin)
                     return Ingested(digest=digest, name=name, known=False)
             store.remember(quick, found.digest)
+            _forget_download(origin)
         store.set_ref(name, found.digest)
         return Ingested(digest=found.digest, name=name, known=True)
 
 
 def _silent(_done: int, _total: int, _stage: str) -> None:
     pass
+
+
+def _check_content(origin: Origin, content: str) -> None:
+    """That of a URL is what its revision says, if it says so."""
+    if origin.remote is not None and origin.revision not in ("", f"blake3:{content}"):
+        _forget_download(origin)
+        raise CheckpointCorrupt(f"{origin.name} has content blake3:{content}, {origin.revision} was asked for.")
+
+
+def _forget_download(origin: Origin) -> None:
+    if origin.remote is not None:
+        shutil.rmtree(origin.directory, ignore_errors=True)
 
 
 def _key(*facts: str) -> str:
@@ -111,16 +139,18 @@ def _key(*facts: str) -> str:
 
 
 def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, report: Progress) -> str:
+    from sllm_invoker.runner import quantized
     from sllm_invoker.runner.attach import probe
 
     report(0, 0, "load")
     model, architecture, known_dtype = _load(origin, dtype)
+    stored = collect(model)
     found = probe(model)
     with store.workspace() as work:
         files = _write_side_files(work, origin, model)
-        part, ties = write_part(work / PART_NAME, model, found.order, report)
+        part = write_part(work / PART_NAME, stored.tensors, found.order, report)
         layout = Layout(version=LAYOUT_VERSION, transformers=version("transformers"), dtype=known_dtype)
-        digest = identity(layout, (part,), files)
+        digest = identity(layout, (part,), files, "")
         manifest = Manifest(
             format=FORMAT_VERSION,
             digest=digest,
@@ -128,9 +158,9 @@ def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, rep
             layout=layout,
             architecture=architecture,
             parts=(part,),
-            ties=ties,
+            ties=stored.ties,
             files=files,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=model.num_parameters(),
             total_bytes=part.bytes,
             kv_bytes_per_token=found.kv_bytes_per_token,
             max_context=_max_context(model.config, work),
@@ -138,24 +168,22 @@ def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, rep
             generates=found.generates,
             batched=found.batched,
             chat_template=_has_chat_template(work),
+            quantization=quantized.method(model.config),
         )
-        write_manifest(work, manifest)
         report(part.bytes, part.bytes, "sync")
-        for path in work.iterdir():
-            _sync_and_seal(path)
-        sync_directory(work)
-        store.adopt(work, digest)
+        store.finish(work, manifest)
     store.ensure_verified(digest)
     return digest
 
 
 def _load(origin: Origin, dtype: str) -> tuple[Any, str, str]:
     """The model as transformers loads it, its class name, its dtype's name."""
+    from sllm_invoker.runner import quantized
     from sllm_invoker.runner.attach import load_config, model_class
 
     config = load_config(origin.directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise BadSpec(f"{origin.name} is quantised, which is not supported.", hint="Use the unquantised model.")
+    if quantized.check(config, origin.name) and dtype != "auto":
+        raise BadSpec(f"{origin.name} is quantised; dtype {dtype!r} cannot be asked of it.", param="dtype")
     names = config.architectures or []
     if len(names) != 1:
         raise BadSpec(f"{origin.name}/config.json must name one architecture; it has {names}.")
@@ -220,15 +248,6 @@ def _max_context(config: Any, work: Path) -> int:
     return limit if isinstance(limit, int) and 0 < limit < 10**8 else 32768
 
 
-def _sync_and_seal(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        os.fchmod(handle, 0o444)
-    finally:
-        os.close(handle)
-
-
 # -- as a process --------------------------------------------------------------------------------------------
 
 
@@ -238,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--revision", default="")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--base", default="")
     options = parser.parse_args(argv)
     told = ["", 0]
 
@@ -255,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             options.name,
             revision=options.revision,
             dtype=options.dtype,
+            base=options.base,
             progress=progress,
         )
     except SllmError as error:

@@ -13,8 +13,9 @@ source file has (non-persistent buffers) are in it too, and ties are recorded as
 Not here: where objects come from (`ingest`), how a directory of them is kept (`store`), how a process binds
 one (`runner.attach`). This module imports no torch: the agent opens objects too.
 
-Invariant: what `open_object` returns is structurally sound — every byte range lies in a file of the recorded
-size, tensors neither overlap nor leave holes, header and manifest agree. Content is `verify_object`'s business.
+Invariant: what `open_object` returns is structurally sound — every byte of the manifest is as it was written, every
+byte range lies in a file of the recorded size, tensors neither overlap nor leave holes, header and manifest agree.
+Content is `verify_object`'s business, that of the small files `verify_files`'.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ import xxhash
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointUnavailable
 
-FORMAT_VERSION = 1
-LAYOUT_VERSION = 1
+FORMAT_VERSION = 2
+LAYOUT_VERSION = 2
 CHUNK_BYTES = 16 * 1024 * 1024
 DATA_ALIGNMENT = 4096
 TENSOR_ALIGNMENT = 64
@@ -48,8 +49,9 @@ DTYPE_BYTES = {
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 
-TensorKind = Literal["parameter", "buffer", "attribute"]
-"""How the module holds a tensor: a parameter, a registered buffer (persistent or not), a plain attribute."""
+TensorKind = Literal["parameter", "buffer", "attribute", "companion"]
+"""How the module holds a tensor: a parameter, a registered buffer (persistent or not), a plain attribute; or inside
+another: a quantised parameter `w` keeps its scales as `w.<name>`."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, stage)."""
@@ -120,7 +122,9 @@ class Layout:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """`ties` maps an alias to the tensor it shares. `kv_bytes_per_token` is 0 for models without a growing
-    cache. `batched` says that the row cache was proved against the model's own cache at ingest."""
+    cache. `batched` says that the row cache was proved against the model's own cache at ingest. `quantization` is the
+    method that transformers calls it by, empty for plain weights. `base` is the digest of the model that an adapter
+    adapts, empty for a model; an adapter's model facts are its base's."""
 
     format: int
     digest: str
@@ -138,6 +142,8 @@ class Manifest:
     generates: bool
     batched: bool
     chat_template: bool
+    quantization: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,11 @@ class _HeaderEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class _Versioned:
+    format: int
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """A safetensors header: its tensors in file order, and where the data section starts and ends."""
 
@@ -178,12 +189,13 @@ class Header:
     file_bytes: int
 
 
-def identity(layout: Layout, parts: tuple[Part, ...], files: tuple[FileEntry, ...]) -> str:
-    """The digest that names an object: blake3 over layout, weight digests and file digests."""
+def identity(layout: Layout, parts: tuple[Part, ...], files: tuple[FileEntry, ...], base: str) -> str:
+    """The digest that names an object: blake3 over layout, weight digests, file digests, and an adapter's base."""
     facts = [
         [layout.version, layout.transformers, layout.dtype],
         [[part.name, part.digest] for part in parts],
         [[file.name, file.digest] for file in sorted(files, key=lambda f: f.name)],
+        base,
     ]
     return blake3.blake3(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
@@ -226,28 +238,44 @@ def read_manifest(directory: Path) -> Manifest:
         raise _corrupt(path, "the file is missing") from None
     except OSError as error:
         raise CheckpointUnavailable(f"{path} cannot be read: {error.strerror}.") from error
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise _corrupt(path, f"not a manifest: {error}") from error
-    if manifest.format != FORMAT_VERSION:
-        raise BadSpec(
-            f"{path} has format {manifest.format}; this version reads format {FORMAT_VERSION}.",
-            hint="Ingest the model again with this version.",
-        )
+    manifest = _decode_manifest(path, raw)
     if not manifest.parts or not is_digest(manifest.digest):
         raise _corrupt(path, "no parts, or no digest")
     names = [entry.name for entry in manifest.files] + [part.name for part in manifest.parts]
     for name in names:
         if not name or name != Path(name).name or name in (".", ".."):
             raise _corrupt(path, f"{name!r} is not a plain file name")
-    if identity(manifest.layout, manifest.parts, manifest.files) != manifest.digest:
+    if identity(manifest.layout, manifest.parts, manifest.files, manifest.base) != manifest.digest:
         raise _corrupt(path, "its digest is not that of its contents")
     return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    """The manifest as JSON whose first line is a checksum of all that follows."""
+    body = msgspec.json.format(msgspec.json.encode(manifest), indent=1).removeprefix(b"{")
+    (directory / MANIFEST).write_bytes(_checksum_line(body) + body)
+
+
+def _checksum_line(body: bytes) -> bytes:
+    return b'{"checksum": "%s",' % blake3.blake3(body).hexdigest().encode()
+
+
+def _decode_manifest(path: Path, raw: bytes) -> Manifest:
+    """Raises BadSpec for another format, CheckpointCorrupt when any byte is not as it was written."""
+    try:
+        version = msgspec.json.decode(raw, type=_Versioned).format
+        if version != FORMAT_VERSION:
+            raise BadSpec(
+                f"{path} has format {version}; this version reads format {FORMAT_VERSION}.",
+                hint="Ingest the model again with this version.",
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise _corrupt(path, f"not a manifest: {error}") from error
+    first, newline, rest = raw.partition(b"\n")
+    if first != _checksum_line(newline + rest):
+        raise _corrupt(path, "it has changed: its checksum is not that of its contents")
+    return manifest
 
 
 def read_header(path: Path) -> Header:
@@ -349,11 +377,8 @@ def verify_object(checkpoint: CheckpointObject, progress: Progress | None = None
 
     Raises CheckpointCorrupt naming the file and the first bad chunk.
     """
+    verify_files(checkpoint)
     manifest, done = checkpoint.manifest, 0
-    for file in manifest.files:
-        path = checkpoint.directory / file.name
-        if file_digest(path) != file.digest:
-            raise _corrupt(path, "its content has changed")
     for part in manifest.parts:
         path = checkpoint.directory / part.name
         for index, chunk in enumerate(chunks_of(path)):
@@ -364,5 +389,18 @@ def verify_object(checkpoint: CheckpointObject, progress: Progress | None = None
                 progress(done, manifest.total_bytes, "verify")
 
 
+def verify_files(checkpoint: CheckpointObject) -> None:
+    """Check every byte of the files beside the weights. Raises CheckpointCorrupt naming the file."""
+    for file in checkpoint.manifest.files:
+        path = checkpoint.directory / file.name
+        if file_digest(path) != file.digest:
+            raise _corrupt(path, "its content has changed")
+
+
 def _corrupt(path: Path, what: str) -> CheckpointCorrupt:
     return CheckpointCorrupt(f"{path}: {what}.", hint="Remove this checkpoint and ingest it again.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error, short enough for a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

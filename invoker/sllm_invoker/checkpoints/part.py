@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,35 +35,60 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
-def write_part(path: Path, model: Any, order: dict[str, int], report: Progress) -> tuple[Part, dict[str, str]]:
-    """The weights file and the ties. One pass over the bytes."""
-    from sllm_invoker.runner.attach import SAFETENSORS_DTYPES, model_tensors
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a loaded model holds, each tensor once, by name; `ties` maps an alias to the name it is stored under."""
+
+    tensors: dict[str, tuple[TensorKind, torch.Tensor]]
+    ties: dict[str, str]
+
+
+def collect(model: Any) -> Stored:
+    """The tensors of a model as it was loaded: call it before its first forward, which repacks quantised weights for
+    the instructions of this machine, with loss. Raises CheckpointIncomplete."""
+    from sllm_invoker.runner import quantized
+    from sllm_invoker.runner.attach import model_tensors
 
     first: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    stored: dict[str, tuple[TensorKind, torch.Tensor]] = {}
+    stored = Stored({}, {})
     for name, kind, tensor in model_tensors(model):
         if tensor.is_meta:
             raise CheckpointIncomplete(f"{name} has no value after loading.")
         if id(tensor) in first:
-            ties[name] = first[id(tensor)]
+            stored.ties[name] = first[id(tensor)]
         else:
             first[id(tensor)] = name
-            stored[name] = (kind, tensor.detach())
-    names = sorted(stored, key=lambda name: _position(name, order))  # stable: registration order within a module
+            stored.tensors[name] = (kind, tensor.detach())
+    for prefix, module in model.named_modules():
+        if quantized.is_quantized(module):
+            beside = quantized.companions(module)
+            if not beside:
+                raise CheckpointIncomplete(f"{prefix} is quantised by its config, and its weight is not.")
+            for name, tensor in beside.items():
+                stored.tensors[f"{prefix}.{name}"] = ("companion", tensor)
+    return stored
+
+
+def write_part(
+    path: Path, tensors: dict[str, tuple[TensorKind, torch.Tensor]], order: dict[str, int], report: Progress
+) -> Part:
+    """The weights file. One pass over the bytes."""
+    from sllm_invoker.runner.attach import SAFETENSORS_DTYPES
+
+    names = sorted(tensors, key=lambda name: _position(name, order))  # stable: registration order within a module
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    tensors, at = [], 0
+    entries, at = [], 0
     pads: dict[str, int] = {}  # tensor name -> padding bytes before it
     for name in names:
-        kind, tensor = stored[name]
+        kind, tensor = tensors[name]
         dtype = SAFETENSORS_DTYPES[tensor.dtype]
         if gap := -at % TENSOR_ALIGNMENT:
             header[f"{PAD_PREFIX}.{len(pads)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
             pads[name], at = gap, at + gap
         end = at + tensor.numel() * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        tensors.append(TensorEntry(name, dtype, tuple(tensor.shape), at, end, kind))
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), at, end, kind))
         at = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
@@ -73,17 +99,16 @@ def write_part(path: Path, model: Any, order: dict[str, int], report: Progress) 
         for name in names:
             if name in pads:
                 writer.write(memoryview(bytes(pads[name])))
-            writer.write(_raw_bytes(stored[name][1]))
-    part = Part(
+            writer.write(_raw_bytes(tensors[name][1]))
+    return Part(
         name=path.name,
         bytes=writer.done,
         data_start=8 + len(raw),
         digest=writer.whole.hexdigest(),
         chunks=tuple(writer.chunks),
-        tensors=tuple(tensors),
-        layers=_layers(tensors),
+        tensors=tuple(entries),
+        layers=_layers(entries),
     )
-    return part, ties
 
 
 def _position(name: str, order: dict[str, int]) -> int:

@@ -1,13 +1,14 @@
 """Reading parts of checkpoints from disk, near the device's limit, each byte checked as it lands.
 
-    read(part, memory) ─► read thread: 64 MiB preadv, O_DIRECT, in file order ─► hash thread: xxh3 per chunk
-                              └── best priority first, asked anew before every piece      └── watermark
+    read(part, memory) ─► read threads: large preadv calls, O_DIRECT, in file order ─► hash thread: xxh3 per chunk
+                              └── best priority first, asked anew before every call         └── watermark
 
-Two threads and not more: one reader with large calls reached what the device gives, and large calls are immune
-to a contended GIL; hashing runs five times as fast as the disk, so it hides behind the next piece. File offset N
-lands at byte N of the memory, so direct reads need no bounce buffer. Where O_DIRECT is refused (tmpfs, overlay,
-network file systems) the same calls go through the page cache. With no memory given the page cache itself is the
-destination: pieces pass through two scratch buffers and are checked all the same.
+Two calls are under way at a time, so that the device is never idle between them; more gain nothing, and large calls are
+immune to a contended GIL. Hashing runs five times as fast as the disk, so it hides behind the next call; what
+is left at the end is the hash of one. File offset N lands at byte N of the memory, so direct reads need no bounce
+buffer. Where O_DIRECT is refused (tmpfs, overlay, network file systems) the same calls go through the page cache.
+With no memory given the page cache itself is the destination: what is read passes through scratch buffers and is
+checked all the same.
 
 Invariants: `watermark` counts bytes that are in place *and* checked, from the start without a gap. When `done`
 resolves — read, failed or cancelled — nothing writes to the memory any more.
@@ -21,7 +22,6 @@ import mmap
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,9 +34,10 @@ from sllm_faas.errors import Cancelled, CheckpointCorrupt, CheckpointError, Chec
 from sllm_invoker.checkpoints.object import CHUNK_BYTES, Part
 
 PIECE = 64 * 1024 * 1024
-"""Bytes per read call."""
+"""Bytes of one view of memory; a call reads one chunk (`CHUNK_BYTES`) of one."""
+AT_ONCE = 2
+"""Calls under way."""
 ALIGNMENT = 4096
-SCRATCH_PIECES = 2
 
 
 class File(Protocol):
@@ -51,10 +52,12 @@ class File(Protocol):
 
 
 class DirectFile:
-    """A file past the page cache where the file system lets us, through it otherwise."""
+    """A file past the page cache where the file system lets us, through it otherwise. `read` from any thread."""
 
     def __init__(self, path: Path, *, direct: bool = True) -> None:
         self._path = path
+        self._refused: list[int] = []
+        self._lock = threading.Lock()
         self.direct = direct
         if direct:
             try:
@@ -74,26 +77,30 @@ class DirectFile:
     def read(self, view: memoryview, offset: int) -> int:
         done = 0
         while done < len(view):
+            fd = self._fd
             try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = os.preadv(fd, [view[done:]], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
+                if error.errno != errno.EINVAL or fd in self._refused:
                     raise
-                self._through_cache()
+                self._through_cache(fd)
                 continue
             done += count
             if not count or (self.direct and count % ALIGNMENT):
                 break  # the end of the file
         return done
 
-    def _through_cache(self) -> None:
+    def _through_cache(self, refused: int) -> None:
         """Some file systems open for direct reads and then refuse them."""
-        os.close(self._fd)
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self.direct = False
+        with self._lock:
+            if self._fd == refused and self.direct:
+                self._refused.append(refused)  # another call may still be in it
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                self.direct = False
 
     def close(self) -> None:
-        os.close(self._fd)
+        for fd in (self._fd, *self._refused):
+            os.close(fd)
 
 
 def open_direct(path: Path) -> File:
@@ -134,11 +141,12 @@ class Reading:
         self.priority = priority
         self.watermark = 0
         self.done: Future[ReadReport] = Future()
-        self.pieces = -(-part.bytes // reader.piece)
+        self.chunks = -(-part.bytes // CHUNK_BYTES)
         self.next = 0
+        self.landed: dict[int, memoryview] = {}  # read, not checked yet
         self.hashed = 0
         self.error: Exception | None = None
-        self.busy = False  # the read thread is writing to its memory
+        self.busy = 0  # read threads that are writing to its memory
         self.settled = False  # it is decided how it ends
         self.began = 0.0
         self.file: File | None = None
@@ -149,7 +157,7 @@ class Reading:
         return f"<reading {self.path.name} {self.watermark}/{self.part.bytes} priority {self.priority}>"
 
     def cancel(self) -> None:
-        """Stop after the piece under way. `done` then raises Cancelled; nothing happens when it is over."""
+        """Stop after the calls under way. `done` then raises Cancelled; nothing happens when it is over."""
         self._reader.fail(self, Cancelled(f"the read of {self.path} was cancelled at byte {self.watermark}."))
 
     def hasten(self, priority: int) -> None:
@@ -158,8 +166,11 @@ class Reading:
 
     @property
     def can_go_on(self) -> bool:
-        """Another piece may be read now: scratch buffers hold but so many that are not checked yet."""
-        return self.memory is not None or self.next - self.hashed < SCRATCH_PIECES
+        """Another chunk may be read now. The first call opens the file, alone; scratch buffers hold but so many that
+        are not checked yet."""
+        if self.file is None and self.busy:
+            return False
+        return self.memory is not None or self.next - self.hashed < self._reader.scratch
 
 
 class Reader:
@@ -169,23 +180,23 @@ class Reader:
         self,
         *,
         piece: int = PIECE,
+        at_once: int = AT_ONCE,
         open_file: Opener = open_direct,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if piece <= 0 or piece % CHUNK_BYTES:
             raise ValueError(f"piece {piece} is not allowed; allowed: multiples of {CHUNK_BYTES}")
         self.piece = piece
+        self.scratch = 2 * at_once
         self._open = open_file
         self._clock = clock
         self._changed = threading.Condition()
         self._queue: list[Reading] = []  # in order of arrival
-        self._landed: deque[tuple[Reading, int, memoryview]] = deque()
+        self._unchecked: list[Reading] = []
         self._scratch: list[mmap.mmap] = []
         self._closing = False
-        self._threads = [
-            threading.Thread(target=self._reads, name="checkpoint-read", daemon=True),
-            threading.Thread(target=self._hashes, name="checkpoint-hash", daemon=True),
-        ]
+        work = [self._reads] * at_once + [self._hashes]
+        self._threads = [threading.Thread(target=each, name="checkpoint-reader", daemon=True) for each in work]
         for thread in self._threads:
             thread.start()
 
@@ -214,22 +225,26 @@ class Reader:
         return reading
 
     def fail(self, reading: Reading, error: Exception) -> None:
-        """End a reading with `error`, at once or when the read thread lets go of its memory."""
+        """End a reading with `error`, at once or when the read threads let go of its memory."""
         with self._changed:
             if reading.error is not None or reading.settled:
                 return
             reading.error = error
-            idle = not reading.busy
-            if idle and reading in self._queue:
-                self._queue.remove(reading)
+            self._leave(reading)
+            idle = reading.settled = not reading.busy
         if idle:
             self._settle(reading)
+
+    def _leave(self, reading: Reading) -> None:
+        for queue in (self._queue, self._unchecked):
+            if reading in queue:
+                queue.remove(reading)
 
     def close(self) -> None:
         """Cancel everything and end the threads."""
         with self._changed:
             self._closing = True
-            left = [*self._queue, *(landed[0] for landed in self._landed)]
+            left = [*self._queue, *self._unchecked]
             self._changed.notify_all()
         for reading in left:
             reading.cancel()
@@ -248,7 +263,7 @@ class Reader:
         else:
             reading.done.set_result(ReadReport(reading.part.bytes, self._clock() - reading.began))
 
-    # -- the read thread -------------------------------------------------------------------------------------
+    # -- the read threads ------------------------------------------------------------------------------------
 
     def _reads(self) -> None:
         while True:
@@ -258,76 +273,97 @@ class Reader:
                         return
                     self._changed.wait()
                 reading = max(ready, key=lambda each: each.priority)  # the oldest of the most urgent
-                index, reading.busy = reading.next, True
+                opens = reading.file is None
+                number = reading.next
+                reading.busy += 1
+                if not opens:
+                    reading.next += 1
+                    if reading.next == reading.chunks:
+                        self._queue.remove(reading)
             error, view = None, None
             try:
-                view = self._piece(reading, index)
+                if opens:
+                    self._begin(reading)
+                else:
+                    view = self._chunk(reading, number)
             except CheckpointError as failure:
                 error = failure
             except OSError as failure:
                 error = _storage_error(reading.path, failure)
             with self._changed:
-                reading.busy = False
-                reading.next += 1
+                reading.busy -= 1
                 reading.error = reading.error or error
-                if reading.error is not None or reading.next == reading.pieces:
-                    self._queue.remove(reading)
-                if reading.error is None and view is not None:
-                    self._landed.append((reading, index, view))
-                    self._changed.notify_all()
-            if reading.error is not None:
+                over = False
+                if reading.error is not None:
+                    self._leave(reading)
+                    over = not reading.busy and not reading.settled
+                    reading.settled = reading.settled or over
+                elif view is not None:
+                    reading.landed[number] = view
+                    if reading not in self._unchecked:
+                        self._unchecked.append(reading)
+                self._changed.notify_all()
+            if over:
                 self._settle(reading)
 
-    def _piece(self, reading: Reading, index: int) -> memoryview:
-        """Read one piece; the bytes of the file in it."""
-        size = reading.part.bytes
-        if reading.file is None:
-            reading.began = self._clock()
-            reading.file = open_cached(reading.path) if reading.memory is None else self._open(reading.path)
-            if reading.file.size != size:
-                raise _corrupt(reading.path, f"it has {reading.file.size} bytes, the manifest says {size}")
-        offset = index * self.piece
-        wanted = min(self.piece, size - offset)
-        target = (self._buffer(index) if reading.memory is None else reading.memory[index])[: _rounded(wanted)]
+    def _begin(self, reading: Reading) -> None:
+        reading.began = self._clock()
+        file = open_cached(reading.path) if reading.memory is None else self._open(reading.path)
+        reading.file = file
+        if file.size != reading.part.bytes:
+            raise _corrupt(reading.path, f"it has {file.size} bytes, the manifest says {reading.part.bytes}")
+
+    def _chunk(self, reading: Reading, number: int) -> memoryview:
+        """Read one chunk; the bytes of the file in it."""
+        assert reading.file is not None
+        offset = number * CHUNK_BYTES
+        wanted = min(CHUNK_BYTES, reading.part.bytes - offset)
+        if reading.memory is None:
+            target = self._buffer(number)[: _rounded(wanted)]
+        else:
+            start = offset % self.piece
+            target = reading.memory[offset // self.piece][start : start + _rounded(wanted)]
         count = reading.file.read(target, offset)
         if count != wanted:
             raise _corrupt(reading.path, f"{count} bytes could be read at {offset}, the manifest says {wanted}")
         return target[:wanted]
 
-    def _buffer(self, index: int) -> memoryview:
-        while len(self._scratch) < SCRATCH_PIECES:
-            self._scratch.append(mmap.mmap(-1, self.piece))
-        return memoryview(self._scratch[index % SCRATCH_PIECES])
+    def _buffer(self, number: int) -> memoryview:
+        with self._changed:
+            while len(self._scratch) < self.scratch:
+                self._scratch.append(mmap.mmap(-1, CHUNK_BYTES))
+        return memoryview(self._scratch[number % self.scratch])
 
     # -- the hash thread -------------------------------------------------------------------------------------
 
     def _hashes(self) -> None:
         while True:
             with self._changed:
-                while not self._landed:
+                while not (ready := [reading for reading in self._unchecked if reading.hashed in reading.landed]):
                     if self._closing:
                         return
                     self._changed.wait()
-                reading, index, view = self._landed.popleft()
-            if reading.error is None:
-                self._check(reading, index, view)
+                reading = ready[0]
+                view = reading.landed.pop(reading.hashed)
+            self._check(reading, view)
             with self._changed:
                 reading.hashed += 1
+                whole = reading.error is None and reading.hashed == reading.chunks
+                if whole:
+                    reading.settled = True
+                    self._leave(reading)
                 self._changed.notify_all()
-                whole = reading.settled = reading.error is None and reading.hashed == reading.pieces
             if whole:
                 self._settle(reading)
 
-    def _check(self, reading: Reading, index: int, view: memoryview) -> None:
-        first = index * (self.piece // CHUNK_BYTES)
-        for number, start in enumerate(range(0, len(view), CHUNK_BYTES), first):
-            chunk = view[start : start + CHUNK_BYTES]
-            if xxhash.xxh3_64_hexdigest(chunk) != reading.part.chunks[number]:
-                what = f"chunk {number} (bytes from {number * CHUNK_BYTES}) has changed"
-                self.fail(reading, _corrupt(reading.path, what))
-                return
-            reading.watermark += len(chunk)
-            reading.on_progress(reading.watermark)
+    def _check(self, reading: Reading, view: memoryview) -> None:
+        number = reading.hashed
+        if xxhash.xxh3_64_hexdigest(view) != reading.part.chunks[number]:
+            what = f"chunk {number} (bytes from {number * CHUNK_BYTES}) has changed"
+            self.fail(reading, _corrupt(reading.path, what))
+            return
+        reading.watermark += len(view)
+        reading.on_progress(reading.watermark)
 
 
 def _rounded(count: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local directory or a Hugging Face repo, as a list of files on this machine.
+"""Where a model comes from: a local directory, a Hugging Face repo or a URL, as a list of files on this machine.
 
 It resolves, downloads, refuses (pickled weights, what is no model) and recognises (has anything changed?). It
 loads no model and imports no torch. Every safetensors header is checked before anybody maps the file.
@@ -8,44 +8,73 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import blake3
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
-from sllm_invoker.checkpoints.object import Progress, chunks_of, read_header
+from sllm_invoker.checkpoints.object import Progress, chunks_of, first_line, read_header
+from sllm_invoker.checkpoints.remote import Entry, Remote, fetch, look, open_remote, read_small
 
 _SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A source that is on this machine: its files, and how it is called."""
+    """A source: how it is called, its files on this machine, and what changes when any of them does. `adapter`: of a
+    model, and not one. A remote one has no files until it is fetched; `settled` says whether `state` can be trusted.
+    `sums` are blake3 of files that were hashed as they came."""
 
     name: str
     directory: Path
     files: tuple[Path, ...]
     revision: str
+    adapter: bool
+    state: str
+    settled: bool = True
+    remote: Remote | None = None
+    listing: tuple[Entry, ...] = ()
+    sums: Mapping[str, str] = field(default_factory=dict)
+
+    def fetched(self, report: Progress) -> Origin:
+        """The same with its files here. Raises CheckpointUnavailable, CheckpointIncomplete, CheckpointCorrupt,
+        StorageFull."""
+        if self.remote is None:
+            return self
+        if not self.settled:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        sums = fetch(self.remote, self.listing, self.directory, report)
+        return replace(self, files=_files(self.directory), sums=sums)
 
 
-def resolve(source: str, revision: str) -> Origin:
-    """Find a source and list its files. Raises BadSpec, CheckpointUnavailable, CheckpointCorrupt,
-    CheckpointIncomplete."""
+def resolve(source: str, revision: str, downloads: Path) -> Origin:
+    """Find a source and list its files; those of a URL are to be fetched, under `downloads`. Raises BadSpec,
+    CheckpointUnavailable, CheckpointCorrupt, CheckpointIncomplete."""
     if "://" in source:
-        raise BadSpec(
-            f"{source.split('://')[0]}:// sources are not supported.",
-            hint="Give a local directory or a Hugging Face repo id (owner/name).",
-            param="source",
-        )
+        return _resolve_remote(source, revision, downloads)
     directory = Path(source).expanduser()
     if directory.is_dir():
         found = revision
@@ -58,7 +87,48 @@ def resolve(source: str, revision: str) -> Origin:
         raise CheckpointUnavailable(
             f"there is no directory {source}, and it is not a Hugging Face repo id (owner/name)."
         )
-    return Origin(name=source, directory=directory.resolve(), files=_files(directory.resolve()), revision=found)
+    directory = directory.resolve()
+    files = _files(directory)
+    adapter = directory / ADAPTER_CONFIG in files
+    return Origin(source, directory, files, found, adapter, f"{directory}\n{stat_lines(files)}", settled(files))
+
+
+def _resolve_remote(url: str, revision: str, downloads: Path) -> Origin:
+    if revision and not _DIGEST.fullmatch(revision):
+        raise BadSpec(
+            f"revision {revision!r} is none of a URL; allowed: blake3: and 64 hex digits, the content's.",
+            param="revision",
+        )
+    remote = open_remote(url)
+    config = look(remote, ["config.json"])
+    if config:
+        weights = look(remote, ["model.safetensors.index.json"])
+        if weights:
+            names = sorted({Path(name).name for name in _shards(read_small(remote, weights[0]), url)})
+            shards = look(remote, names)
+            if missing := set(names) - {entry.name for entry in shards}:
+                raise CheckpointIncomplete(f"{url} has an index that names {min(missing)}, which is not there.")
+            weights += shards
+        else:
+            weights = look(remote, ["model.safetensors"])
+        listing = config + weights + look(remote, [name for name in _SIDE_FILES if name != "config.json"])
+    else:
+        listing = weights = look(remote, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+        if len(listing) != 2:
+            raise BadSpec(f"{url} has no config.json: it is not a model's folder.", param="source")
+    if not weights:
+        raise BadSpec(f"{url} has no weights as safetensors.", param="source")
+    state = "\n".join([url, *(f"{entry.name} {entry.bytes} {entry.tag}" for entry in listing)])
+    directory = downloads / blake3.blake3(state.encode()).hexdigest()
+    tagged = all(entry.tag for entry in listing)
+    return Origin(url, directory, (), revision, not config, state, tagged, remote, listing)
+
+
+def _shards(index: bytes, where: object) -> list[str]:
+    try:
+        return sorted(set(json.loads(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorrupt(f"{where} is not a safetensors index: {error}.") from error
 
 
 def _download(repo: str, revision: str) -> Path:
@@ -66,6 +136,7 @@ def _download(repo: str, revision: str) -> Path:
 
     try:
         patterns = [*_SIDE_FILES, "model*.safetensors", "model*.safetensors.index.json"]
+        patterns += [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
         return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, no such repo: many types, one meaning here
         raise CheckpointUnavailable(
@@ -75,7 +146,12 @@ def _download(repo: str, revision: str) -> Path:
 
 
 def _files(directory: Path) -> tuple[Path, ...]:
-    """The files that make the model. Refuses pickles and checks every safetensors header."""
+    """The files that make the model, or the adapter. Refuses pickles and checks every safetensors header."""
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():
+        if not (directory / ADAPTER_WEIGHTS).is_file():
+            raise BadSpec(f"{directory} has no {ADAPTER_WEIGHTS}.", hint="Save it as safetensors.", param="source")
+        read_header(directory / ADAPTER_WEIGHTS)
+        return (directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG)
     if not (directory / "config.json").is_file():
         raise BadSpec(f"{directory} has no config.json: it is not a model directory.", param="source")
     weights = sorted(directory.glob("*.safetensors"))
@@ -95,11 +171,7 @@ def _files(directory: Path) -> tuple[Path, ...]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        paths = [index.parent / Path(name).name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorrupt(f"{index} is not a safetensors index: {error}.") from error
+    paths = [index.parent / Path(name).name for name in _shards(index.read_bytes(), index)]
     for path in paths:
         if not path.is_file():
             raise CheckpointIncomplete(f"{index} names {path.name}, which is not there.")
@@ -117,11 +189,14 @@ def settled(files: Iterable[Path]) -> bool:
     return all(abs(time.time() - path.stat().st_mtime) > 2.0 for path in files)
 
 
-def content_digest(files: tuple[Path, ...], report: Progress) -> str:
-    """blake3 over names and contents, hex. Reads everything."""
+def content_digest(files: tuple[Path, ...], report: Progress, sums: Mapping[str, str] | None = None) -> str:
+    """blake3 over names and contents, hex. Reads every file whose sum is not in `sums`, by name."""
     total, done = sum(path.stat().st_size for path in files), 0
     whole = blake3.blake3()
     for path in files:
+        if sums and path.name in sums:
+            whole.update(f"{path.name} {sums[path.name]}\n".encode())
+            continue
         hasher = blake3.blake3()
         for chunk in chunks_of(path):
             hasher.update(chunk)
@@ -129,8 +204,3 @@ def content_digest(files: tuple[Path, ...], report: Progress) -> str:
             report(done, total, "hash")
         whole.update(f"{path.name} {hasher.hexdigest()}\n".encode())
     return whole.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a foreign error, short enough for a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

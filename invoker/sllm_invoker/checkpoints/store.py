@@ -34,6 +34,7 @@ from sllm_invoker.checkpoints.object import (
     open_object,
     read_manifest,
     verify_object,
+    write_manifest,
 )
 
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -177,8 +178,16 @@ class CheckpointStore:
             shutil.rmtree(name, ignore_errors=True)
             os.close(handle)
 
-    def adopt(self, directory: Path, digest: str) -> bool:
-        """Rename a finished directory to objects/<digest>; False when somebody was first."""
+    def finish(self, directory: Path, manifest: Manifest) -> bool:
+        """Make an object of a workspace with all its files in it: write its manifest, have the disk keep everything,
+        rename it to objects/<digest>. False when somebody was first."""
+        write_manifest(directory, manifest)
+        for path in directory.iterdir():
+            _sync_and_seal(path)
+        sync_directory(directory)
+        return self._adopt(directory, manifest.digest)
+
+    def _adopt(self, directory: Path, digest: str) -> bool:
         try:
             directory.rename(self.path(digest))
         except OSError as error:
@@ -252,6 +261,15 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def _sync_and_seal(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.fchmod(handle, 0o444)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """A full disk or quota as StorageFull."""
@@ -269,7 +287,7 @@ def _stat_line(checkpoint: CheckpointObject) -> str:
     lines = []
     for name in [*(file.name for file in checkpoint.manifest.files), *(p.name for p in checkpoint.manifest.parts)]:
         stat = (checkpoint.directory / name).stat()
-        lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n")
+        lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n")
     return "".join(lines)
 
 

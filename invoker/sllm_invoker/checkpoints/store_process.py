@@ -31,11 +31,13 @@ from sllm_faas.errors import SllmError, WireError, to_info
 from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import AnyMessage
 from sllm_invoker.checkpoints.dram import DramTier, Load
+from sllm_invoker.checkpoints.eviction import CostAware, Lru, Policy
 from sllm_invoker.checkpoints.reader import ReadReport
 from sllm_invoker.checkpoints.slab_book import Residence
 from sllm_invoker.checkpoints.slabs import SLAB_BYTES
 
 MIB = 1024 * 1024
+POLICIES: dict[str, Callable[[], Policy]] = {"cost": CostAware, "lru": Lru}
 
 
 class _Peer:
@@ -132,6 +134,7 @@ class Store:
         *,
         slab_bytes: int = SLAB_BYTES,
         small: int = SLAB_BYTES // 2,
+        policy: Policy | None = None,
     ) -> None:
         self._selector = selectors.DefaultSelector()
         self._root = root
@@ -149,6 +152,7 @@ class Store:
             self._post,
             slab_bytes=slab_bytes,
             small=small,
+            policy=policy,
             pinned=self._pinned,
             on_progress=self._progress,
             on_done=self._done,
@@ -361,6 +365,7 @@ def main() -> int:
     parser.add_argument("--limit-mb", type=int, required=True)
     parser.add_argument("--slab-mb", type=int, default=SLAB_BYTES // MIB)
     parser.add_argument("--small-mb", type=int, default=SLAB_BYTES // MIB // 2)
+    parser.add_argument("--policy", choices=POLICIES, default="cost")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends when its invoker has
@@ -372,6 +377,7 @@ def main() -> int:
         options.limit_mb * MIB,
         slab_bytes=options.slab_mb * MIB,
         small=options.small_mb * MIB,
+        policy=POLICIES[options.policy](),
     ).run()
     return 0
 

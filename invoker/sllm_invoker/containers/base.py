@@ -30,8 +30,8 @@ class ContainerSpec:
     """What to start. `config` is the runner's configuration as JSON: it holds secrets and is never logged.
 
     `spec` and `object_dir` choose the warmth layers; None where there is nothing to prepare. `memory_limit_mb`
-    is enforced where control groups allow it. `weights` is a descriptor to hand to the instance, a channel to the
-    checkpoint store, or -1; it stays the caller's.
+    is enforced where control groups allow it. `link` and `weights` are descriptors to hand to the instance, its socket
+    to the invoker and a channel to the checkpoint store, or -1; they stay the caller's.
     """
 
     name: str
@@ -39,7 +39,12 @@ class ContainerSpec:
     spec: FunctionSpec | None = None
     object_dir: str = ""
     memory_limit_mb: int = 0
+    link: int = -1
     weights: int = -1
+
+    def bare(self) -> ContainerSpec:
+        """What its layers are made of, and no more."""
+        return ContainerSpec("", b"", self.spec, self.object_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,16 @@ class Output:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A layer that was missing when a start came through: `seconds` until it was there; `ours`: made for this start,
+    else another's making was waited for."""
+
+    warmth: Warmth
+    seconds: float
+    ours: bool
+
+
 Event = Output | Exited
 OnEvent = Callable[[Event], None]
 
@@ -87,6 +102,10 @@ class Handle(Protocol):
     @property
     def warmth(self) -> Warmth:
         """The layer that existed when the start began."""
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        """The layers that were missing, in order."""
 
     @property
     def exited(self) -> Exited | None: ...

@@ -19,19 +19,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from sllm_faas import logging
-from sllm_faas.errors import ErrorInfo, from_info
+from sllm_faas import layers, logging
+from sllm_faas.errors import ErrorInfo, SllmError, from_info
+from sllm_faas.layers import Layer
 from sllm_faas.spec import FunctionSpec, Warmth
-from sllm_invoker.containers import pool, tree, zygote
-from sllm_invoker.containers.base import ContainerSpec, Exited, ForkFailed, OnEvent, Output, Stats
+from sllm_invoker.containers import tree, zygote
+from sllm_invoker.containers.base import ContainerSpec, Exited, ForkFailed, Made, OnEvent, Output, Stats
 from sllm_invoker.containers.cgroup import Cgroups
-from sllm_invoker.containers.pool import Layer, Pool
+from sllm_invoker.containers.keepalive import Cost
+from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.zygote_link import ZygoteDied, ZygoteLink
 
 READ = 64 * 1024
@@ -60,6 +62,7 @@ class ProcessHandle:
         self._runtime = runtime
         self.spec = spec
         self.warmth: Warmth = warmth
+        self.made: tuple[Made, ...] = ()
         self.pid = 0
         self.exited: Exited | None = None
         self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -160,22 +163,26 @@ class ProcessRuntime:
         self.pool = policy or Pool()
         self._zygotes: dict[str, ZygoteLink] = {}
         self._making: dict[str, asyncio.Task[ZygoteLink]] = {}
+        self._recipes: dict[str, tuple[Sequence[Layer], ContainerSpec | None]] = {}
+        """By layer that exists or is to be made again: its path, and what it is made of."""
         self._handles: dict[int, ProcessHandle] = {}
         self._cgroups = Cgroups(node)
         self._cgroups.clean()
         self._closed = False
         self._sweeper: asyncio.Task[int] | None = None
+        self._refilling: set[asyncio.Task[None]] = set()
 
     # -- instances -------------------------------------------------------------------------------------------
 
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
-        layers = pool.path(spec.spec, spec.object_dir)
-        warmest = self.pool.warmest(layers)
+        path = self.pool.within(_path(spec.spec, spec.object_dir))
+        warmest = self.pool.warmest(path)
         handle = ProcessHandle(self, spec, warmest.warmth if warmest else "cold", on_event)
         last: ZygoteDied | None = None
         for _ in range(TRIES):
             try:
-                return await self._fork(handle, await self._zygote(layers, spec))
+                parent, handle.made = await self._zygote(path, spec)
+                return await self._fork(handle, parent)
             except ZygoteDied as died:
                 last = died
         assert last is not None
@@ -188,8 +195,9 @@ class ProcessRuntime:
         out_r, out_w = os.pipe2(os.O_CLOEXEC)
         err_r, err_w = os.pipe2(os.O_CLOEXEC)
         try:
-            message = {"op": "instance", "entry": self._entry, "cgroups": groups}
-            fds = [config, out_w, err_w, *([spec.weights] if spec.weights >= 0 else [])]
+            given = {name: fd for name, fd in (("link", spec.link), ("weights", spec.weights)) if fd >= 0}
+            message = {"op": "instance", "entry": self._entry, "cgroups": groups, "fds": list(given)}
+            fds = [config, out_w, err_w, *given.values()]
             pid, pidfd = await parent.request(message, fds)
         except BaseException:
             os.close(out_r)
@@ -235,39 +243,68 @@ class ProcessRuntime:
 
     async def warm(self) -> None:
         """Make the base zygote now, so that the first instance does not wait for it."""
-        await self._zygote(pool.path(None, ""), None)
+        await self._zygote(_path(None, ""), None)
 
     async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
-        await self._zygote(pool.path(spec, object_dir), ContainerSpec("", b"", spec, object_dir))
+        await self._zygote(self.pool.within(_path(spec, object_dir)), ContainerSpec("", b"", spec, object_dir))
 
     def tidy(self) -> None:
-        """End the zygotes that are not worth their memory any more."""
-        for key in self.pool.surplus(self._loop.time()):
+        """End the zygotes that are not worth their memory any more, and make those again that died and are."""
+        now = self._loop.time()
+        for key in self.pool.surplus(now):
             self.pool.leave(key)
+            self._recipes.pop(key, None)
             found = self._zygotes.pop(key, None)
             if found is not None:
+                self._log.info("zygote_ended", layer=key, pid=found.pid)
                 found.close()
                 self._tree.remove(found.pid)
+        missing = self.pool.missing(now)
+        for key in [key for key in self._recipes if key not in self._making and not self.pool.knows(key)]:
+            del self._recipes[key]
+        for layer in missing:
+            if layer.key not in self._making:
+                task = self._loop.create_task(self._refill(*self._recipes[layer.key]))
+                self._refilling.add(task)
+                task.add_done_callback(self._refilling.discard)
 
-    async def _zygote(self, layers: list[Layer], spec: ContainerSpec | None) -> ZygoteLink:
-        """The zygote of the last of `layers`, made through the ones before it where they are missing."""
+    async def _refill(self, path: Sequence[Layer], spec: ContainerSpec | None) -> None:
+        with contextlib.suppress(SllmError):  # told to whoever needs it next
+            await self._reach(path, spec)
+
+    async def _zygote(self, path: Sequence[Layer], spec: ContainerSpec | None) -> tuple[ZygoteLink, tuple[Made, ...]]:
+        """`_reach`, for an instance or a deployment: a use of every layer."""
+        found = await self._reach(path, spec)
+        self.pool.use(path, self._loop.time())
+        return found
+
+    async def _reach(self, path: Sequence[Layer], spec: ContainerSpec | None) -> tuple[ZygoteLink, tuple[Made, ...]]:
+        """The zygote of the last of `path`, made through those before it from the warmest one that lives."""
         parent: ZygoteLink | None = None
-        for layer in layers:
+        waited: list[Made] = []
+        living = [number for number, layer in enumerate(path) if self._lives(layer)]
+        for layer in path[max(living, default=0) :]:
             found = self._zygotes.get(layer.key)
             if found is not None and found.ended.done():  # its callback is still to come
                 self._zygote_ended(found)
                 found = None
             if found is None:
-                task = self._making.get(layer.key)
+                task, at = self._making.get(layer.key), self._loop.time()
+                ours = task is None
                 if task is None:
+                    self._recipes[layer.key] = (path[: path.index(layer) + 1], spec and spec.bare())
                     task = self._loop.create_task(self._make(layer, parent, spec))
                     self._making[layer.key] = task
                     task.add_done_callback(functools.partial(self._made, layer.key))
                 found = await asyncio.shield(task)
+                waited.append(Made(layer.warmth, self._loop.time() - at, ours))
             parent = found
-        self.pool.use(layers, self._loop.time())
         assert parent is not None
-        return parent
+        return parent, tuple(waited)
+
+    def _lives(self, layer: Layer) -> bool:
+        found = self._zygotes.get(layer.key)
+        return found is not None and not found.ended.done()
 
     def _made(self, key: str, _: asyncio.Task[ZygoteLink]) -> None:
         self._making.pop(key, None)
@@ -296,9 +333,16 @@ class ProcessRuntime:
             raise ZygoteDied(f"zygote {layer.key} died while it was made")
         if answer["threads"] != 1:
             self._log.warning("zygote_has_threads", layer=layer.key, threads=answer["threads"])
-        self._log.info("zygote_ready", layer=layer.key, pid=made.pid, seconds=round(answer["seconds"], 3))
+        cost = Cost(answer["seconds"], await asyncio.to_thread(tree.private_mb, made.pid))
+        self._log.info(
+            "zygote_ready",
+            layer=layer.key,
+            pid=made.pid,
+            seconds=round(cost.seconds, 3),
+            memory_mb=round(cost.memory_mb),
+        )
         self._zygotes[layer.key] = made
-        self.pool.admit(layer, self._loop.time())
+        self.pool.admit(layer, cost, self._loop.time())
         made.ended.add_done_callback(lambda _: self._zygote_ended(made))
         return made
 
@@ -343,7 +387,7 @@ class ProcessRuntime:
 
     async def close(self) -> None:
         self._closed = True
-        for task in list(self._making.values()):
+        for task in [*self._making.values(), *self._refilling]:
             task.cancel()
         await asyncio.gather(*(handle.stop(0) for handle in list(self._handles.values())))
         for found in self._zygotes.values():
@@ -353,6 +397,10 @@ class ProcessRuntime:
         os.close(self._lifeline_w)
         os.close(self._lifeline_r)
         await self._tree.sweep()
+
+
+def _path(spec: FunctionSpec | None, object_dir: str) -> Sequence[Layer]:
+    return layers.path(spec, Path(object_dir).name)
 
 
 def _memfd(data: bytes) -> int:

@@ -56,6 +56,16 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def private_mb(pid: int) -> float:
+    """MiB that the process holds for itself alone; 0 when it is gone."""
+    try:
+        text = (_PROC / str(pid) / "smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
+    return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024
+
+
 def descendants(pid: int) -> list[int]:
     found = children(pid)
     for child in found:  # grows while it is walked

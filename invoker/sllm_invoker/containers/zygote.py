@@ -6,7 +6,7 @@ Spoken over a SOCK_SEQPACKET pair, JSON with descriptors beside it (SCM_RIGHTS);
 secret travel as memfds:
 
     invoker ─► {"op": "layer", "request", "key", "libs"} + [control end, template memfd?]
-            ─► {"op": "instance", "request", "entry", "cgroups"} + [config memfd, stdout, stderr, weights?]
+            ─► {"op": "instance", "request", "entry", "cgroups", "fds"} + [config memfd, stdout, stderr, *those of fds]
             ◄─ {"op": "forked", "request", "pid"} + [pidfd]   |  {"op": "failed", "request", "error"}
             ◄─ {"op": "exited", "pid", "status"}
     a new layer, on its own control end ─► {"op": "ready", "seconds", "threads"} | {"op": "error", "info"}
@@ -31,6 +31,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -188,9 +189,9 @@ class Zygote:
         Zygote(control, self._lifeline, armed).serve()
 
     def _instance(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
-        for group in message["cgroups"]:
-            with contextlib.suppress(OSError):  # no limit then; said once by whoever made the group
-                Path(group, "cgroup.procs").write_text(str(os.getpid()))
+        # Moving into a group waits for the kernel (15 ms): beside everything that runs no user code.
+        entering = threading.Thread(target=_enter, args=(message["cgroups"],), name="cgroup")
+        entering.start()
         become_subreaper()
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
@@ -198,15 +199,22 @@ class Zygote:
         config = read_memfd(config_fd)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        lifeline = arm_lifeline(self._lifeline)
+        arm_lifeline(self._lifeline)
         for fd in (config_fd, out, err, self._lifeline):
             os.close(fd)
+        inherited = dict(zip(message["fds"], rest, strict=True))
         from sllm_invoker.runner.config import loads
 
         module, _, name = message["entry"].partition(":")
         run = getattr(importlib.import_module(module), name)
-        run(dataclasses.replace(loads(config), lifeline=lifeline, weights=rest[0] if rest else -1))
+        run(dataclasses.replace(loads(config), **inherited), entering.join)
         os._exit(0)
+
+
+def _enter(groups: list[str]) -> None:
+    for group in groups:
+        with contextlib.suppress(OSError):  # no limit then; said once by whoever made the group
+            Path(group, "cgroup.procs").write_text(str(os.getpid()))
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from sllm_faas.layers import Layer
 from sllm_invoker.containers import tree, zygote
 from sllm_invoker.containers.base import ForkFailed
-from sllm_invoker.containers.pool import Layer
 
 
 class ZygoteDied(ForkFailed):

@@ -9,15 +9,15 @@ The weights are mapped private copy-on-write, from the part file or from the che
 reads see memory that all instances share, a stray write stays in this process. Tensors are views of the map at the
 manifest's offsets. Nothing is initialised, converted or copied.
 
-Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device; otherwise it raises
-CheckpointIncomplete naming the first one. It is not for anything that is not an object of the store.
+Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device: `prepare` raises
+CheckpointIncomplete naming the first one that would be. It is not for anything that is not an object of the store.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,8 +26,10 @@ from typing import Any
 import torch
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
-from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, open_object
-from sllm_invoker.checkpoints.source import first_line
+from sllm_invoker.checkpoints.object import CheckpointObject, TensorKind, first_line, open_object, verify_files
+from sllm_invoker.runner import quantized
+from sllm_invoker.runner.adapters import Adapters
+from sllm_invoker.runner.adapters import load as load_adapters
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
 from sllm_invoker.runner.weights import Weights, from_file, from_store
@@ -42,40 +44,71 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A stored tensor, and everywhere in the model it belongs: (holder, name); a holder is a module's dict of
+    parameters, of buffers or of attributes. Several of one tensor are ties, and stay so."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parameter: bool
+    at: tuple[tuple[dict[str, Any], str], ...]
+
+
 @dataclass(slots=True)
 class Skeleton:
-    """A model without weights, and what else can be made before the fork. `weights` is set by `attach`, which asks the
-    checkpoint store for them where there is a `channel` to it."""
+    """A model without weights, what belongs where in it, and what else can be made before the fork. `weights` is set
+    by `attach`, which asks the checkpoint store for them where there is a `channel` to it."""
 
     checkpoint: CheckpointObject
     model: Any
+    places: tuple[Place, ...]
     codec: TextCodec | None
     eos: frozenset[int]
+    packed: tuple[quantized.Packed, ...] = ()
+    adapters: Adapters | None = None
     channel: int = -1
     weights: Weights | None = None
 
 
-def prepare(checkpoint: CheckpointObject | Path) -> Skeleton:
-    """Build everything that needs no weights. Runs torch on one thread: forking after an OpenMP region with
-    several would deadlock the child in its first one.
+def prepare(checkpoint: CheckpointObject | Path, adapters: Mapping[str, Path] | None = None) -> Skeleton:
+    """Build everything that needs no weights of the model; adapters, by name, are small and loaded here.
 
-    Raises CheckpointCorrupt or BadSpec when config or tokenizer are not usable.
+    Runs torch on one thread: forking after an OpenMP region with several would deadlock the child in its first one. The
+    files it reads are checked against the manifest here: what the store checks as it reads are the weights alone.
+
+    Raises CheckpointCorrupt or BadSpec when config or tokenizer are not usable, or the tensors not the model's;
+    CheckpointIncomplete when one would stay on meta.
     """
     torch.set_num_threads(1)
     if isinstance(checkpoint, Path):
         checkpoint = open_object(checkpoint)
+    verify_files(checkpoint)
     directory, manifest = checkpoint.directory, checkpoint.manifest
     model = build_skeleton(load_config(directory), manifest.architecture)
+    model.eval()
+    packed = quantized.modules(model)
+    places = _places(model, checkpoint, packed)
     codec = TextCodec.load(directory) if (directory / "tokenizer_config.json").exists() else None
-    return Skeleton(checkpoint=checkpoint, model=model, codec=codec, eos=end_tokens(directory))
+    objects = {name: open_object(path) for name, path in (adapters or {}).items()}
+    return Skeleton(
+        checkpoint=checkpoint,
+        model=model,
+        places=places,
+        packed=packed,
+        adapters=load_adapters(model, objects, checkpoint.digest) if objects else None,
+        codec=codec,
+        eos=end_tokens(directory),
+    )
 
 
 def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     """Map the weights and assign them. `directory`: where this process sees the object, if elsewhere.
 
-    Returns when every byte may be read. Raises CheckpointUnavailable when the object has gone since `prepare`,
-    CheckpointCorrupt when the file is not what the manifest says (its content is checked by the store),
-    CheckpointIncomplete when something would stay on meta.
+    The bytes may still be on their way (but those of quantised models, which are unpacked here): compute under
+    `arriving`, or wait for `skeleton.weights`. Raises CheckpointUnavailable when the object has gone since `prepare`,
+    CheckpointCorrupt when the file is not what the manifest says (its content is checked by the store).
     """
     started = time.perf_counter()
     checkpoint = skeleton.checkpoint
@@ -90,23 +123,18 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     weights = from_store(skeleton.channel, path, part) if skeleton.channel >= 0 else from_file(path, part)
     skeleton.channel = -1
     mapped = time.perf_counter()
-    tensors = {entry.name: _view(weights.buffer, part, entry.dtype, entry.shape, entry.start) for entry in part.tensors}
-    _assign(skeleton.model, part, tensors, checkpoint.manifest.ties)
-    skeleton.model.eval()
+    _assign(skeleton.places, weights.buffer)
     skeleton.checkpoint, skeleton.weights = checkpoint, weights
-    if left := next(_on_meta(skeleton.model), None):
-        raise CheckpointIncomplete(
-            f"checkpoint {checkpoint.digest[:12]} has no {left}, which {checkpoint.manifest.architecture} needs.",
-            hint="Ingest the model again with the installed transformers version.",
-        )
-    assigned = time.perf_counter()
-    weights.wait()
+    if skeleton.packed:
+        weights.wait()
+    for each in skeleton.packed:
+        each.unpack()
     done = time.perf_counter()
     return AttachReport(
         bytes=part.bytes,
-        tensors=len(tensors),
+        tensors=len(part.tensors),
         seconds=done - started,
-        stages={"map": mapped - started, "assign": assigned - mapped, "wait": done - assigned},
+        stages={"map": mapped - started, "assign": done - mapped},
     )
 
 
@@ -157,9 +185,12 @@ def build_skeleton(config: Any, architecture: str) -> Any:
     cls = model_class(architecture)
     try:
         with torch.device("meta"), no_init_weights():
-            return cls._from_config(config)
+            model = cls._from_config(config)
     except Exception as error:  # a config that validates may still be impossible to build
         raise BadSpec(f"{architecture} cannot be built from its config.json: {first_line(error)}.") from error
+    if quantized.method(config):
+        quantized.build(model, config)
+    return model
 
 
 def end_tokens(directory: Path) -> frozenset[int]:
@@ -240,44 +271,69 @@ def probe(model: Any) -> Traits:
     )
 
 
-def _view(buffer: Any, part: Part, dtype: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
-    kind, count = TORCH_DTYPES[dtype], prod(shape)
-    if count == 0:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(buffer, dtype=kind, count=count, offset=part.data_start + start).view(shape)
-
-
-def _assign(model: Any, part: Part, tensors: dict[str, torch.Tensor], ties: dict[str, str]) -> None:
+def _places(model: Any, checkpoint: CheckpointObject, packed: tuple[quantized.Packed, ...]) -> tuple[Place, ...]:
+    """Where each stored tensor belongs. Raises CheckpointCorrupt when one belongs nowhere or has another shape there,
+    CheckpointIncomplete when something would stay on the meta device."""
+    part, ties = checkpoint.manifest.parts[0], checkpoint.manifest.ties
     modules = dict(model.named_modules())
-    held: dict[str, torch.Tensor] = {}
-    kinds = {entry.name: entry.kind for entry in part.tensors}
-    for name, source in [*((n, n) for n in tensors), *ties.items()]:
+    entries = {entry.name: entry for entry in part.tensors}
+    found: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in entries}
+    held = {each.name: each for each in packed}
+    for name, source in [*((n, n) for n in entries), *ties.items()]:
         owner, _, leaf = name.rpartition(".")
-        module, kind = modules.get(owner), kinds[source]
+        module, entry = modules.get(owner), entries[source]
+        if entry.kind == "companion" or (owner in held and leaf == "weight"):
+            while owner not in held and owner:
+                owner = owner.rpartition(".")[0]
+            if owner not in held:
+                raise CheckpointCorrupt(f"the checkpoint has tensor {name}, but the model is not quantised there.")
+            found[source].append((held[owner].tensors, name.removeprefix(f"{owner}.")))
+            continue
         if module is None:
             raise CheckpointCorrupt(f"the checkpoint has tensor {name}, but the model has no module {owner!r}.")
-        if kind == "parameter":
-            # One Parameter object per stored tensor, so that ties stay ties.
-            if source not in held:
-                held[source] = torch.nn.Parameter(tensors[source], requires_grad=False)
-            _fits(module._parameters, leaf, held[source], name)
-            module._parameters[leaf] = held[source]
-        elif kind == "buffer":
-            _fits(module._buffers, leaf, tensors[source], name)
-            module._buffers[leaf] = tensors[source]
+        if entry.kind == "attribute":
+            holder: dict[str, Any] = module.__dict__
         else:
-            setattr(module, leaf, tensors[source])
+            holder = module._parameters if entry.kind == "parameter" else module._buffers
+            _fits(holder, leaf, entry.shape, name)
+        found[source].append((holder, leaf))
+    filled = {*entries, *ties}
+    if left := next((name for name, _, tensor in model_tensors(model) if tensor.is_meta and name not in filled), None):
+        raise CheckpointIncomplete(
+            f"checkpoint {checkpoint.digest[:12]} has no {left}, which {checkpoint.manifest.architecture} needs.",
+            hint="Ingest the model again with the installed transformers version.",
+        )
+    return tuple(
+        Place(
+            part.data_start + entry.start,
+            TORCH_DTYPES[entry.dtype],
+            entry.shape,
+            entry.kind == "parameter",
+            tuple(found[entry.name]),
+        )
+        for entry in part.tensors
+    )
 
 
-def _fits(slots: dict[str, Any], leaf: str, tensor: torch.Tensor, name: str) -> None:
+def _assign(places: tuple[Place, ...], buffer: Any) -> None:
+    for place in places:
+        count = prod(place.shape)
+        if count:
+            tensor = torch.frombuffer(buffer, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+        else:
+            tensor = torch.empty(place.shape, dtype=place.dtype)
+        # As `from_pretrained` leaves them, though nobody trains here: for a weight that wants no gradient matmul takes
+        # another path for inputs that are slices, and that path copies the whole weight (the head's, on every prefill).
+        value = torch.nn.Parameter(tensor, requires_grad=place.dtype.is_floating_point) if place.parameter else tensor
+        for holder, name in place.at:
+            holder[name] = value
+
+
+def _fits(slots: dict[str, Any], leaf: str, shape: tuple[int, ...], name: str) -> None:
     if leaf not in slots:
         raise CheckpointCorrupt(f"the checkpoint has tensor {name}, but the model has no such tensor.")
     wanted = slots[leaf]
-    if wanted is not None and wanted.shape != tensor.shape:
+    if wanted is not None and wanted.shape != shape:
         raise CheckpointCorrupt(
-            f"tensor {name} has shape {list(tensor.shape)}, the model's config wants {list(wanted.shape)}."
+            f"tensor {name} has shape {list(shape)}, the model's config wants {list(wanted.shape)}."
         )
-
-
-def _on_meta(model: Any) -> Iterator[str]:
-    return (name for name, _, tensor in model_tensors(model) if tensor.is_meta)

@@ -21,13 +21,12 @@ class InstanceConfig:
 
     `specs` is the one function to serve; for mode "check" all functions of the version. `number` is the
     instance's route on its invoker. `source_dir` is the unpacked bundle, `object_dir` the checkpoint's object
-    directory; "" where there is none. `lifeline` is the number of an inherited descriptor whose end of file
-    means that the invoker is gone, or -1; `weights` that of a channel to the checkpoint store, or -1: then the file
-    in `object_dir` is mapped.
+    directory; "" where there is none. Two inherited descriptors, filled in where the process is made, or -1: `link`, a
+    socket to the invoker (see `wire.stream`), whose end of file means that the invoker is gone; `weights`, a channel
+    to the checkpoint store, without which the file in `object_dir` is mapped.
     """
 
     instance: str
-    endpoint: str
     target: Target
     specs: tuple[FunctionSpec, ...]
     mode: Literal["serve", "check"] = "serve"
@@ -37,14 +36,12 @@ class InstanceConfig:
     env: dict[str, str] = field(default_factory=dict, repr=False)
     node: str = ""
     scratch: str = ""
-    lifeline: int = -1
+    link: int = -1
     weights: int = -1
 
     def __post_init__(self) -> None:
         if not self.instance:
             raise ValueError("instance is ''; allowed: a name")
-        if not self.endpoint.startswith(("ipc://", "tcp://")):
-            raise ValueError(f"endpoint {self.endpoint!r} is not one; allowed: ipc://PATH or tcp://HOST:PORT")
         if not self.specs or (self.mode == "serve" and len(self.specs) != 1):
             raise ValueError(f"{len(self.specs)} functions to {self.mode}; allowed: exactly one, or more to check")
         if self.mode == "serve" and self.spec.kind == "llm" and not self.object_dir:

@@ -56,6 +56,11 @@ class Executors:
                 batching = method.spec.batching
                 self.by_method[name] = Batches(loop, method, *self._batches(batching)) if batching else tasks
 
+    @property
+    def threads(self) -> bool:
+        """Whether some of the code runs in workers; else all of it is on the loop."""
+        return bool(self._pools)
+
     def close(self) -> None:
         """Workers leave when their calls have ended."""
         for pool in self._pools:

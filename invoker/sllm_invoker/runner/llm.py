@@ -4,9 +4,8 @@
     LlmOutput  ◄── text, stop strings, logprobs, finish ────────────────────── tokens
 
 One invocation carries all choices, one LlmOutput per choice and engine step; usage is in its DONE. Outputs are
-sent for requests that are not streamed too. It samples nothing and knows no HTTP. Invariant: what has been sent
-after n tokens of a choice depends on these n tokens alone, so an invocation resumed elsewhere repeats nothing
-and leaves nothing out.
+sent for requests that are not streamed too. It samples nothing and knows no HTTP; the life of a generation is
+`generation`'s.
 """
 
 from __future__ import annotations
@@ -14,47 +13,26 @@ from __future__ import annotations
 import asyncio
 import struct
 import sys
-import time
 import traceback
-from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from sllm_faas.errors import BadRequest, ContextTooLong, SllmError, UnsupportedParameter, WireError, to_info
 from sllm_faas.spec import FunctionSpec
 from sllm_faas.wire.codec import unpack_as
-from sllm_faas.wire.llm import (
-    FinishReason,
-    LlmEmbeddings,
-    LlmLogprob,
-    LlmOutput,
-    LlmRequest,
-    LlmResume,
-    LlmUsage,
-    choice_seed,
-    encode,
-)
+from sllm_faas.wire.header import Header, Type
+from sllm_faas.wire.llm import LlmEmbeddings, LlmRequest, LlmUsage, encode
 from sllm_invoker.runner import engines, template
-from sllm_invoker.runner.call import Call
-from sllm_invoker.runner.engines.base import Engine, GenerateRequest, Sampling, TokenOutput
+from sllm_invoker.runner.call import Call, Parts
+from sllm_invoker.runner.engines.base import Engine
+from sllm_invoker.runner.generation import Generation
+from sllm_invoker.runner.moving import answer
 from sllm_invoker.runner.tasks import Tasks
-from sllm_invoker.runner.tokens import TextCodec, TextStream
+from sllm_invoker.runner.tokens import TextCodec
 
 MIN_CACHE_BYTES = 512 * 1024 * 1024
 CACHE_SHARE = 0.75
 """Of the memory an instance was promised, for keys and values."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """One sequence to draw. `tokens` and `finish` are what an earlier fence delivered of it."""
-
-    index: int
-    prompt: tuple[int, ...]
-    seed: int
-    tokens: tuple[int, ...] = ()
-    finish: FinishReason | None = None
 
 
 class LanguageModel:
@@ -63,6 +41,7 @@ class LanguageModel:
     def __init__(self, engine: Engine, codec: TextCodec | None, attached: str = "") -> None:
         self._engine = engine
         self._codec = codec
+        self._generations: dict[Call, Generation] = {}
         self.attached = attached
         """What attaching did, for the timeline."""
 
@@ -82,87 +61,37 @@ class LanguageModel:
             traceback.print_exc()
             call.fail(to_info(error))
 
+    @property
+    def context(self) -> int:
+        """Tokens in the contexts of what runs and of what is held, those of a prompt included."""
+        return self._engine.stats().cache_tokens
+
     def close(self) -> None:
         self._engine.close()
-
-    # -- generating --------------------------------------------------------------------------------------------
 
     async def _generate(self, call: Call, request: LlmRequest) -> None:
         if request.echo and request.logprobs is not None:
             raise UnsupportedParameter("echo cannot be combined with logprobs.", param="echo")
         prompts = self._prompts(call, request)
-        choices = _choices(request, prompts, _resume(call, len(prompts) * request.n))
-        speaker = _Speaker(call)
-        if request.echo:
-            # Before any token, so the outputs delivered say how many of them need not be repeated.
-            for choice in choices[call.invoke.outputs :]:
-                await speaker.say(LlmOutput(choice.index, text=self._text_codec().decode(choice.prompt)))
-        began = call.seconds
-        open_choices = [choice for choice in choices if choice.finish is None]
-        drawn = await _all([self._draw(speaker, request, choice) for choice in open_choices])
-        done = sum(len(choice.tokens) for choice in choices if choice.finish is not None)
-        first = (speaker.first or time.monotonic()) - call.arrived
-        call.done(
-            usage={"prompt_tokens": sum(map(len, prompts)), "completion_tokens": done + sum(drawn)},
-            spans=(("prefill", began, first - began), ("decode", first, call.seconds - first)),
-        )
+        generation = self._generations[call] = Generation(self._engine, self._text_codec(), call, request, prompts)
+        try:
+            await generation.run()
+        finally:
+            del self._generations[call]
 
-    async def _draw(self, speaker: _Speaker, request: LlmRequest, choice: _Choice) -> int:
-        """Draw one choice to its end. Returns how many tokens it has in all."""
-        room = self._engine.max_context - len(choice.prompt)
-        sequence = await self._engine.prefill(
-            GenerateRequest(
-                prompt=choice.prompt,
-                max_tokens=min(room, request.max_tokens) if request.max_tokens is not None else room,
-                sampling=Sampling(
-                    temperature=request.temperature,
-                    top_p=request.top_p,
-                    top_k=request.top_k,
-                    presence_penalty=request.presence_penalty,
-                    frequency_penalty=request.frequency_penalty,
-                    seed=choice.seed,
-                    logprobs=request.logprobs,
-                ),
-                tokens=choice.tokens,
-                ignore_eos=request.ignore_eos,
-            )
-        )
-        text = TextStream(self._text_codec(), request.stop, choice.tokens)
-        count = len(choice.tokens)
-        async with aclosing(self._engine.activate(sequence)) as steps:  # type: ignore[type-var]
-            async for step in steps:
-                output = self._output(text, choice, step)
-                count += len(output.tokens)
-                await speaker.say(output)
-                if output.finish is not None:
-                    break  # a stop string: the engine would go on
-        return count
-
-    def _output(self, text: TextStream, choice: _Choice, step: Sequence[TokenOutput]) -> LlmOutput:
-        """What the tokens of a step release, up to a stop string."""
-        codec = self._text_codec()
-        tokens: list[int] = []
-        shown: list[str] = []
-        logprobs: list[LlmLogprob] = []
-        finish: FinishReason | None = None
-        for drawn in step:
-            tokens.append(drawn.token)
-            finish = drawn.finish
-            if finish == "stop":
-                break  # the end-of-sequence token: it has no text
-            shown.append(text.feed([drawn.token]))
-            if drawn.logprob is not None:
-                logprobs.append(_logprob(codec, drawn))
-            if text.stopped is not None:
-                finish = "stop"
-                break
-        if finish is not None:
-            shown.append(text.finish())
-        return LlmOutput(choice.index, tuple(tokens), "".join(shown), tuple(logprobs), finish)
+    def ask(self, call: Call, kind: Type) -> None:
+        """SNAPSHOT, PAUSE or CONTINUE of a call. On the loop."""
+        generation = self._generations.get(call)
+        if generation is not None:
+            generation.ask(kind)
+        else:  # it has not begun, and knows what it came with
+            answer(call, kind)
 
     # -- embedding ---------------------------------------------------------------------------------------------
 
     async def _embed(self, call: Call, request: LlmRequest) -> None:
+        if request.adapter:
+            raise UnsupportedParameter("embeddings are of the model alone, not of an adapter.", param="model")
         prompts = self._prompts(call, request)
         vectors = await self._engine.embed(prompts)
         usage = LlmUsage(prompt_tokens=sum(map(len, prompts)))
@@ -202,23 +131,7 @@ class LanguageModel:
         return self._codec
 
 
-class _Speaker:
-    """The one voice of a call's choices: outputs in order, waiting for the caller's credit."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._turn = asyncio.Lock()
-        self.first: float | None = None
-
-    async def say(self, output: LlmOutput) -> None:
-        async with self._turn:
-            if not self._call.room():
-                await self._call.wait_async()
-            if self.first is None:
-                self.first = time.monotonic()
-            self._call.output(encode(output))
-
-
+CONTEXT_INTERVAL = 1.0
 SMALL = 64 * 1024 * 1024
 """Bytes of weights under which a step is over before a second thread has woken."""
 
@@ -227,7 +140,7 @@ def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> Langua
     """The model of a checkpoint object, attached; through `channel`, one to the checkpoint store, unless it is -1.
 
     Raises CheckpointError, BadSpec."""
-    skeleton = template.take_skeleton(object_dir)
+    skeleton = template.take_skeleton(spec, object_dir)
     skeleton.channel = channel
     manifest = skeleton.checkpoint.manifest
     tokens = cache_tokens(spec, manifest.kv_bytes_per_token, manifest.max_context)
@@ -242,9 +155,41 @@ def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> Langua
     return LanguageModel(engine, skeleton.codec, attached)
 
 
-def executors(model: LanguageModel, loop: asyncio.AbstractEventLoop, concurrency: int) -> dict[str, Tasks]:
+class Contexts:
+    """Tells the invoker how long contexts have become: what a move of them would cost. On the loop."""
+
+    def __init__(self, model: LanguageModel, send: Callable[[Parts], None], loop: asyncio.AbstractEventLoop) -> None:
+        self._model = model
+        self._send = send
+        self._loop = loop
+        self._told = 0
+
+    def tell(self) -> None:
+        """Now, if it has changed, and every second from here on."""
+        tokens = self._model.context
+        if tokens != self._told:
+            self._told = tokens
+            self._send([Header(Type.CONTEXT, seq=tokens).pack()])
+        self._loop.call_later(CONTEXT_INTERVAL, self.tell)
+
+
+class Generations(Tasks):
+    """Calls of a language model: held ones are computed, and any may be asked for its state."""
+
+    holds = True
+
+    def __init__(self, model: LanguageModel, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        super().__init__(loop, model.serve, limit)
+        self._model = model
+        self._own_loop = loop
+
+    def ask(self, call: Call, kind: Type) -> None:
+        self._own_loop.call_soon_threadsafe(self._model.ask, call, kind)
+
+
+def executors(model: LanguageModel, loop: asyncio.AbstractEventLoop, concurrency: int) -> dict[str, Generations]:
     """The executors of a language model's methods: its invocations share one limit."""
-    return dict.fromkeys(("chat", "complete", "embed"), Tasks(loop, model.serve, concurrency))
+    return dict.fromkeys(("chat", "complete", "embed"), Generations(model, loop, concurrency))
 
 
 def cache_tokens(spec: FunctionSpec, bytes_per_token: int, max_context: int) -> int | None:
@@ -261,48 +206,3 @@ def _decode(call: Call) -> LlmRequest:
         return unpack_as(LlmRequest, call.payload)
     except WireError as error:
         raise BadRequest(error.message) from None
-
-
-def _resume(call: Call, count: int) -> LlmResume | None:
-    if not call.resume:
-        return None
-    try:
-        resume = unpack_as(LlmResume, call.resume)
-    except WireError as error:
-        raise BadRequest(error.message) from None
-    if not len(resume.tokens) == len(resume.finish) == count:
-        raise BadRequest(f"the resume state is of {len(resume.tokens)} choices; the request has {count}.")
-    return resume
-
-
-def _choices(request: LlmRequest, prompts: list[tuple[int, ...]], resume: LlmResume | None) -> list[_Choice]:
-    pairs = [(prompt, choice_seed(request.seed, i)) for prompt in prompts for i in range(request.n)]
-    if resume is None:
-        return [_Choice(index, *pair) for index, pair in enumerate(pairs)]
-    return [_Choice(index, *pair, resume.tokens[index], resume.finish[index]) for index, pair in enumerate(pairs)]
-
-
-def _logprob(codec: TextCodec, drawn: TokenOutput) -> LlmLogprob:
-    def shown(token: int) -> tuple[str, tuple[int, ...]]:
-        text = codec.decode([token])
-        return text, tuple(text.encode())
-
-    text, raw = shown(drawn.token)
-    top = []
-    for other in drawn.top:
-        other_text, other_raw = shown(other.token)
-        top.append((other_text, other.logprob, other_raw))
-    return LlmLogprob(text, drawn.logprob or 0.0, raw, tuple(top))
-
-
-async def _all(work: list) -> list[int]:  # type: ignore[type-arg]
-    """Run coroutines together; the first failure cancels the others, and all have ended when it returns."""
-    if len(work) == 1:
-        return [await work[0]]
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

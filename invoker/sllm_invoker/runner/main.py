@@ -4,8 +4,8 @@
                                 └──────────┴────────┴── failed: START_FAILED with the user's traceback
 
 `run` is called in a freshly forked child of a zygote, or by `python -m sllm_invoker.runner.main CONFIG.json` in
-a process of its own (a cold start, debugging). It owns the process and never returns: threads that user code
-left do not keep it alive. Mode "check" ends after the import.
+a process of its own that inherits the link (a cold start, debugging). It owns the process and never returns:
+threads that user code left do not keep it alive. Mode "check" ends after the import.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,7 @@ from sllm_invoker.runner.call import Call, Parts
 from sllm_invoker.runner.config import InstanceConfig, loads
 from sllm_invoker.runner.executors import Executors, LoopHost
 from sllm_invoker.runner.instance import Executor, Instance
-from sllm_invoker.runner.link import ZmqLink
+from sllm_invoker.runner.link import StreamLink
 from sllm_invoker.runner.output import Capture
 
 EXIT_OK = 0
@@ -44,12 +45,13 @@ SWITCH_INTERVAL = 0.001
 """Seconds after which computing user code must hand the interpreter to the link's thread (Python's own: 5 ms)."""
 
 
-def run(config: InstanceConfig) -> NoReturn:
-    """Serve (or check) and end the process: status 0 after an orderly end, 1 when the start failed."""
+def run(config: InstanceConfig, confined: Callable[[], None] = lambda: None) -> NoReturn:
+    """Serve (or check) and end the process: status 0 after an orderly end, 1 when the start failed. `confined` returns
+    when the limits on this process are in force: no user code runs before."""
     status = EXIT_INTERNAL
     try:
         _become(config)
-        status = _Process(config).live()
+        status = _Process(config, confined).live()
     except BaseException:
         traceback.print_exc(file=sys.__stderr__)
     finally:
@@ -105,10 +107,11 @@ class _Clock:
 class _Process:
     """The parts of the process and the order in which they come and go."""
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, confined: Callable[[], None]) -> None:
         self._config = config
+        self._confined = confined
         self._clock = _Clock()
-        self._link = ZmqLink(config.endpoint, config.instance, _before_ready, config.lifeline)
+        self._link = StreamLink(socket.socket(fileno=config.link), _before_ready)
         self._capture = Capture(self._link.log)
         self._drained = threading.Event()
         self._host: LoopHost | None = None
@@ -136,6 +139,7 @@ class _Process:
         self._link.close()
 
     def _check(self) -> None:
+        self._confined()
         with self._clock.span("import"):
             for spec in self._config.specs:
                 if spec.kind != "llm":
@@ -143,8 +147,7 @@ class _Process:
         self._ready()
 
     def _ready(self) -> None:
-        ready = Ready(self._clock.timeline(), _private_memory_mb())
-        self._link.send(encode(Header(Type.READY), ready))
+        self._link.send(encode(Header(Type.READY), Ready(self._clock.timeline())))
 
     def _serve(self) -> None:
         if self._config.spec.kind == "llm":
@@ -160,16 +163,20 @@ class _Process:
         with self._clock.span("attach", detail):
             model = llm.open_model(config.spec, config.object_dir, config.weights)
             detail.append(model.attached)
+        self._confined()
         host = self._host = LoopHost(threaded=False)
         executors = llm.executors(model, host.loop, config.spec.concurrency)
         try:
             self._receive(executors)
-            host.run()
+            with self._link.on(host.loop):
+                host.loop.call_soon(llm.Contexts(model, self._link.send, host.loop).tell)
+                host.run()
         finally:
             model.close()
 
     def _serve_code(self) -> None:
         config = self._config
+        self._confined()
         with self._clock.span("import"):
             code = loading.load(config.spec, config.source_dir)
         with self._clock.span("enter"):
@@ -185,8 +192,11 @@ class _Process:
         self._receive(executors.by_method, executors)
         if executors.main is not None:
             executors.main.run_here()
-        elif host is not None:
+        elif host is not None and executors.threads:
             host.run()
+        elif host is not None:
+            with self._link.on(host.loop):
+                host.run()
         else:
             self._drained.wait()
         for hook in user.exit:
@@ -227,12 +237,6 @@ def _before_ready(parts: Parts) -> None:
     with suppress(WireError):
         if unpack(parts[0]).type is Type.SHUTDOWN:
             os._exit(EXIT_OK)
-
-
-def _private_memory_mb() -> int:
-    """Memory of this process alone, MiB: pages still shared with the zygote or with other instances are not its."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) // 1024
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sllm._runtime import Invocation, bind_arguments, serving
 
 from sllm_faas.errors import BadRequest, BadResult, ErrorInfo, to_info
 from sllm_faas.spec import MethodSpec
+from sllm_faas.wire.codec import unpack_as
 from sllm_faas.wire.exceptions import exception_to_info
-from sllm_faas.wire.payload import Resolve, decode_call, encode_result
+from sllm_faas.wire.payload import Resolve, decode_call, decode_result, encode_result
 from sllm_invoker.runner.call import Call
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -42,8 +44,15 @@ class Method:
             Invocation(
                 f"inv-{call.id.hex()}",
                 place.app, place.function, self.spec.name, place.version, place.instance, place.node,
-            )
+            ),
+            partial(self._resumed, call),
         )  # fmt: skip
+
+    def _resumed(self, call: Call) -> Any:
+        """What a resumable generator delivered last, under an earlier fence; None if nothing."""
+        if not call.resume:
+            return None
+        return decode_result(call.invoke.encoding, unpack_as(bytes, call.resume), self.resolve)
 
     def arguments(self, call: Call) -> Arguments:
         """Raises BadRequest when the payload is not a call. Whether it fits the signature shows in the call."""

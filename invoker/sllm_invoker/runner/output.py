@@ -39,19 +39,19 @@ class Rate:
         self._burst = burst
         self._tokens = float(burst)
         self._last = 0.0
-        self._dropped = 0
+        self.dropped = 0
 
     def admit(self, now: float) -> bool:
         self._tokens = min(self._burst, self._tokens + max(0.0, now - self._last) * self._per_second)
         self._last = now
         if self._tokens < 1.0:
-            self._dropped += 1
+            self.dropped += 1
             return False
         self._tokens -= 1.0
         return True
 
     def take_dropped(self) -> int:
-        dropped, self._dropped = self._dropped, 0
+        dropped, self.dropped = self.dropped, 0
         return dropped
 
 
@@ -109,6 +109,8 @@ class LineWriter(io.TextIOBase):
 
     def end(self, invocation: str) -> None:
         """An invocation (32 hex digits) is over: what it left without a line end is a line."""
+        if not self._unfinished and not self._rate.dropped:
+            return  # as nearly always, and this is on the path of every invocation
         with self._lock:
             rest = self._unfinished.pop(invocation, "")
             if rest:

@@ -10,6 +10,7 @@ Invariants: as for workers — nothing that user code raises reaches the loop; a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -18,14 +19,15 @@ from sllm_faas.errors import SllmError, to_info
 from sllm_invoker.runner.batch import Batch
 from sllm_invoker.runner.call import Call
 from sllm_invoker.runner.method import Arguments, Method, Raised
+from sllm_invoker.runner.moving import Movable
 
-YIELD_EVERY = 32
-"""Outputs of a generator that never waits, after which other tasks get their turn."""
+TURN = 0.00025
+"""Seconds after which a generator that never waits leaves the loop to others, and to the link that sends its output."""
 
 Run = Callable[[Call], Coroutine[Any, Any, None]]
 
 
-class Tasks:
+class Tasks(Movable):
     """Calls as tasks. `run(call)` serves one and ends it; it is cancelled when the call is."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, run: Run, limit: int) -> None:
@@ -39,6 +41,9 @@ class Tasks:
         self._running: dict[Call, asyncio.Task[None]] = {}
 
     def submit(self, call: Call) -> None:
+        if _is_here(self._loop):
+            self._add(call)
+            return
         self._inbox.append(call)
         if not self._scheduled:
             self._scheduled = True
@@ -46,21 +51,28 @@ class Tasks:
 
     def cancel(self, call: Call) -> None:
         """`call` has been marked: end it if it waits, cancel its task if it runs."""
-        self._loop.call_soon_threadsafe(self._cancel, call)
+        _run_on(self._loop, self._cancel, call)
 
     def _drain(self) -> None:
         self._scheduled = False
         while self._inbox:
-            self._waiting.append(self._inbox.popleft())
-        self._advance()
+            self._add(self._inbox.popleft())
+
+    def _add(self, call: Call) -> None:
+        if len(self._running) < self._limit:
+            self._begin(call)
+        else:
+            self._waiting.append(call)
+
+    def _begin(self, call: Call) -> None:
+        if call.cancelled:
+            call.stopped()
+        else:
+            self._running[call] = self._loop.create_task(self._serve(call))
 
     def _advance(self) -> None:
         while self._waiting and len(self._running) < self._limit:
-            call = self._waiting.popleft()
-            if call.cancelled:
-                call.stopped()
-                continue
-            self._running[call] = self._loop.create_task(self._serve(call))
+            self._begin(self._waiting.popleft())
 
     async def _serve(self, call: Call) -> None:
         call.begun = True
@@ -71,7 +83,8 @@ class Tasks:
                 await self._run(call)
         finally:
             del self._running[call]
-            self._advance()
+            if self._waiting:
+                self._advance()
 
     def _cancel(self, call: Call) -> None:
         task = self._running.get(call)
@@ -83,7 +96,7 @@ class Tasks:
             task.cancel()
 
 
-class Batches:
+class Batches(Movable):
     """Calls of one asynchronous batched method, up to `size` to a batch. At most `limit` batches run at once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, method: Method, size: int, limit: int) -> None:
@@ -100,10 +113,10 @@ class Batches:
         self._running: dict[asyncio.Task[None], list[Call]] = {}
 
     def submit(self, call: Call) -> None:
-        self._loop.call_soon_threadsafe(self._add, call)
+        _run_on(self._loop, self._add, call)
 
     def cancel(self, call: Call) -> None:
-        self._loop.call_soon_threadsafe(self._cancel, call)
+        _run_on(self._loop, self._cancel, call)
 
     def _add(self, call: Call) -> None:
         if call.cancelled:
@@ -164,6 +177,18 @@ class Batches:
                 task.cancel()
 
 
+def _is_here(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the receiver is on the loop itself."""
+    return asyncio._get_running_loop() is loop
+
+
+def _run_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Call) -> None:
+    if _is_here(loop):
+        function(*args)
+    else:
+        loop.call_soon_threadsafe(function, *args)
+
+
 async def run_method(method: Method, call: Call) -> None:
     """Serve a call of an async function or generator to its end."""
     with method.serving(call):
@@ -178,8 +203,13 @@ async def run_method(method: Method, call: Call) -> None:
             if method.spec.stream:
                 await _stream(method, call, value)
                 call.done()
-            else:
-                call.done(method.encode(call, await _user(value)))
+                return
+            try:  # as _user does, without a coroutine more for every call
+                if hasattr(value, "__await__"):
+                    value = await value
+            except BaseException as error:
+                raise _mark(error) from None
+            call.done(method.encode(call, value))
         except asyncio.CancelledError:
             call.stopped()
         except Raised as raised:
@@ -189,7 +219,7 @@ async def run_method(method: Method, call: Call) -> None:
 
 
 async def _stream(method: Method, call: Call, outputs: Any) -> None:
-    count = 0
+    turn = 0.0
     try:
         while True:
             try:
@@ -199,12 +229,11 @@ async def _stream(method: Method, call: Call, outputs: Any) -> None:
             except BaseException as error:
                 raise _mark(error) from None
             payload = method.encode(call, value)
-            if not call.room():
+            while not call.output(payload):
                 await call.wait_async()
-            call.output(payload)
-            count += 1
-            if count % YIELD_EVERY == 0:
+            if time.monotonic() - turn > TURN:
                 await asyncio.sleep(0)
+                turn = time.monotonic()
     finally:
         # The generator's own clean-up, when it was not run to its end.
         if (close := getattr(outputs, "aclose", None)) is not None:
@@ -232,8 +261,4 @@ def _mark(error: BaseException) -> BaseException:
 
 def method_runner(methods: Mapping[str, Method]) -> Run:
     """What `Tasks` runs for user code."""
-
-    async def run(call: Call) -> None:
-        await run_method(methods[call.method], call)
-
-    return run
+    return lambda call: run_method(methods[call.method], call)

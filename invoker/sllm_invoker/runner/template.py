@@ -23,10 +23,22 @@ if TYPE_CHECKING:
 _skeleton: Skeleton | None = None
 
 
+MODEL_MODULES = (
+    "sllm_invoker.runner.llm",
+    "sllm_invoker.runner.engines.transformers",
+    "transformers.modeling_utils",
+    "transformers.modeling_layers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.tokenization_utils_tokenizers",
+)
+"""What all language models need; transformers itself imports next to nothing until it is used."""
+
+
 def import_libs(libs: Iterable[str]) -> None:
     """Import top-level packages that instances will need. One that does not import is left to the instance,
     which reports it with the user's own traceback."""
-    for name in libs:
+    wanted = [*libs]
+    for name in [*wanted, *(MODEL_MODULES if "transformers" in wanted else ())]:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     if "torch" in sys.modules:
@@ -43,15 +55,13 @@ def prepare(spec: FunctionSpec, object_dir: str) -> object:
     if spec.kind == "llm" and object_dir:
         from sllm_invoker.runner import attach
 
-        for name in ("sllm_invoker.runner.llm", "sllm_invoker.runner.engines.transformers"):
-            importlib.import_module(name)  # before the fork, for after it
-        _skeleton = attach.prepare(Path(object_dir))
+        _skeleton = attach.prepare(Path(object_dir), _adapters(spec, object_dir))
         gc.collect()
         gc.freeze()
     return _skeleton
 
 
-def take_skeleton(object_dir: str) -> Skeleton:
+def take_skeleton(spec: FunctionSpec, object_dir: str) -> Skeleton:
     """The skeleton made before the fork, or one made now. Raises what `attach.prepare` raises."""
     global _skeleton
     prepared, _skeleton = _skeleton, None
@@ -59,4 +69,9 @@ def take_skeleton(object_dir: str) -> Skeleton:
         return prepared
     from sllm_invoker.runner import attach
 
-    return attach.prepare(Path(object_dir))
+    return attach.prepare(Path(object_dir), _adapters(spec, object_dir))
+
+
+def _adapters(spec: FunctionSpec, object_dir: str) -> dict[str, Path]:
+    """Directories of the function's adapters: objects of one store lie side by side."""
+    return {adapter.name: Path(object_dir).parent / adapter.checkpoint.digest for adapter in spec.adapters}

@@ -17,6 +17,7 @@ import contextlib
 import mmap
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,17 @@ class Weights:
         self.part = part
         self.ready = ready
         self.tier: Tier = "disk"
+        self.waited = 0.0
+        """Seconds spent in `wait`."""
+
+    @property
+    def arrived(self) -> bool:
+        """Every byte may be read."""
+        return self.ready >= self.part.bytes
 
     def wait(self, end: int | None = None) -> None:
-        """Block until the first `end` bytes (all of them) may be read. Raises CheckpointCorrupt, CheckpointError."""
+        """Block until the first `end` bytes (all of them) may be read. Raises CheckpointCorrupt, CheckpointError, and
+        again each time: what has failed does not arrive any more."""
 
 
 def from_file(path: Path, part: Part) -> Weights:
@@ -85,10 +94,22 @@ class _Arriving(Weights):
         self._fd = sock.detach()  # never closed, not even by the garbage collector
         self._mapping = mapping
         self._path = path
+        self._failed: SllmError | None = None
 
     def wait(self, end: int | None = None) -> None:
         wanted = self.part.bytes if end is None else min(end, self.part.bytes)
+        if self.ready >= wanted:
+            return
+        began = time.perf_counter()
+        try:
+            self._until(wanted)
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def _until(self, wanted: int) -> None:
         while self.ready < wanted:
+            if self._failed is not None:
+                raise self._failed
             message = self._hear()
             match message:
                 case channel.Watermark():
@@ -96,7 +117,7 @@ class _Arriving(Weights):
                 case channel.Whole():
                     self.tier, self.ready = message.tier, self.part.bytes
                 case channel.NotLoaded():
-                    raise from_info(message.error)
+                    self._failed = from_info(message.error)
                 case None:
                     self._cover()
                 case _:

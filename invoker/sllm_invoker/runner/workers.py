@@ -22,12 +22,13 @@ from sllm_invoker.runner.batch import Batch
 from sllm_invoker.runner.call import Call
 from sllm_invoker.runner.interrupt import Interrupter, Job, SignalInterrupter, ThreadInterrupter
 from sllm_invoker.runner.method import Arguments, Method, Raised
+from sllm_invoker.runner.moving import Movable
 
 T = TypeVar("T")
 _END: Any = object()
 
 
-class Workers:
+class Workers(Movable):
     """`count` worker threads over one inbox, or one worker in the main thread (`main`: `run_here` serves).
 
     With `size` above 1, calls — all of one batched method then — are gathered into batches of up to so many.
@@ -38,6 +39,7 @@ class Workers:
         self._size = size
         self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._gathering = threading.Lock()
         self._main = main
         self._workers = [Worker(self, _interrupter(main)) for _ in range(count)]
 
@@ -74,6 +76,12 @@ class Workers:
 
     def take(self) -> list[Call] | None:
         """The next call, or the next batch; None to leave."""
+        if self._size == 1:
+            return self._gather()
+        with self._gathering:  # one batch at a time: two that wait to be filled would take each other's calls
+            return self._gather()
+
+    def _gather(self) -> list[Call] | None:
         calls: list[Call] = []
         until = 0.0
         while len(calls) < self._size:
@@ -145,15 +153,22 @@ class Worker:
         try:
             while (value := self._run(call, lambda: next(iterator, _END))) is not _END:
                 payload = method.encode(call, value)
-                if not call.room():
+                while not call.cancelled and not call.output(payload):
                     call.wait()
                 if call.cancelled:
                     self._throw(call, iterator)
-                call.output(payload)
         finally:
             # The generator's own clean-up, when it was not run to its end.
             if (close := getattr(iterator, "close", None)) is not None:
-                _user(close)
+                self._close(call, close)
+
+    def _close(self, call: Call, close: Callable[[], object]) -> None:
+        try:
+            _user(close)
+        except Raised as raised:
+            # Python's word for a generator that yields on. Cancelled between two outputs it may, and is over anyway.
+            if not (call.interrupted and isinstance(raised.error, RuntimeError)):
+                raise
 
     def _throw(self, call: Call, iterator: Iterator[Any]) -> None:
         """Raise Cancelled where the generator yielded: it was cancelled while its code did not run."""

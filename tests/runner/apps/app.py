@@ -82,8 +82,8 @@ class Sync:
 
     @sllm.method
     def sleep(self) -> None:
-        print("asleep")
         try:
+            print("asleep")
             time.sleep(3600)
         finally:
             print("awake")
@@ -96,10 +96,10 @@ class Sync:
 
     @sllm.method
     def swallow(self) -> str:
-        print("holding")
         ignored = 0
         while ignored < 1:
             try:
+                print("holding")
                 time.sleep(3600)
             except BaseException:
                 ignored += 1

@@ -9,11 +9,12 @@ that was prefilled with the tokens drawn elsewhere goes on exactly as it would h
     prefill(request)   -> Sequence         computed and held; silent
     extend(sequence, tokens)               tokens drawn elsewhere join the held sequence
     activate(sequence) -> async iterator   from here on it speaks
+    pause(sequence), proceed(sequence)     a pair: held at a token boundary, and on again
     cancel(sequence)                       from any state; frees its cache
     generate(request)  =  activate(await prefill(request))
 
-`prefill`, `extend`, `activate` and `cancel` are called from one asyncio loop; the engine computes on a
-thread of its own and hands results back to that loop.
+All but `attach` and `close` are called from one asyncio loop; the engine computes on a thread of its own and
+hands results back to that loop.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to generate. `tokens` are those already drawn elsewhere (resume, migration)."""
+    """One sequence to generate. `tokens` are those already drawn elsewhere (resume, migration); `adapter` is one that
+    the model was attached with, empty for the model alone."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +123,24 @@ class Engine(Protocol):
         `CheckpointIncomplete` when a parameter or buffer would stay on meta.
         """
 
-    async def prefill(self, request: GenerateRequest) -> Sequence:
-        """Compute the cache of prompt + tokens and hold it. Waits for cache space.
+    async def prefill(self, request: GenerateRequest, *, patient: bool = False) -> Sequence:
+        """Compute the cache of prompt + tokens and hold it. Waits for cache space. `patient`: behind those that
+        run, in pieces that delay them by about a step; so are its extensions, until it is activated.
 
         Raises sllm_faas.errors.ContextTooLong when prompt + tokens leave no room for one more."""
 
     async def extend(self, sequence: Sequence, tokens: SequenceOf[int]) -> None: ...
 
-    def activate(self, sequence: Sequence) -> AsyncIterator[list[TokenOutput]]:
-        """Tokens as they are drawn, in order, those of one wake-up together; ends after `finish`.
-        Closing the iterator cancels the sequence."""
+    def activate(self, sequence: Sequence, tokens: SequenceOf[int] = ()) -> AsyncIterator[list[TokenOutput]]:
+        """Tokens as they are drawn, in order, those of one wake-up together; ends after `finish`. `tokens` are a
+        last extension, not spoken. Closing the iterator cancels the sequence."""
+
+    async def pause(self, sequence: Sequence) -> None:
+        """Stop an activated sequence at the next token boundary, its cache kept. When this returns, everything that
+        was drawn is in `sequence.tokens` and on its way in the stream. One that has ended stays so."""
+
+    def proceed(self, sequence: Sequence) -> None:
+        """The pause is over. Idempotent."""
 
     def cancel(self, sequence: Sequence) -> None:
         """Idempotent. The cache is free when the current step ends."""

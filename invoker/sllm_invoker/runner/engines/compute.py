@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+SMALL_CHUNK = 32
+"""Tokens whose forward costs about what a step costs (on a CPU, 32 of a 100M Llama cost 1.1 steps)."""
+
 
 class Compute(Protocol):
     """The cache of several sequences and the forward passes over it. Not thread-safe."""
@@ -20,8 +23,12 @@ class Compute(Protocol):
     chunk: int
     """At most so many tokens in one `feed`, so that others need not wait long."""
 
-    def open(self) -> int:
-        """A handle for an empty sequence; the caller keeps within the number of sequences agreed."""
+    small_chunk: int
+    """The same where the others are to be delayed by about a step."""
+
+    def open(self, adapter: str = "") -> int:
+        """A handle for an empty sequence, computed with that adapter of the model, or none; the caller keeps within the
+        number of sequences agreed."""
 
     def feed(self, handle: int, tokens: Sequence[int]) -> torch.Tensor:
         """Append tokens to a sequence. Returns the logits after the last one, shape [vocabulary]."""

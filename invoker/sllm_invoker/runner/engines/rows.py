@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from sllm_invoker.runner.engines.compute import Forward
+from sllm_invoker.runner.adapters import Adapters
+from sllm_invoker.runner.engines.compute import SMALL_CHUNK, Forward
 from sllm_invoker.runner.engines.solo import attention_only
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -132,10 +133,13 @@ class Rows:
     """`Compute` over a row cache for at most `rows` sequences of `capacity` tokens."""
 
     chunk = 256
+    small_chunk = SMALL_CHUNK
 
-    def __init__(self, model: Any, *, rows: int, capacity: int) -> None:
+    def __init__(self, model: Any, *, rows: int, capacity: int, adapters: Adapters | None = None) -> None:
         config = model.config.get_text_config()
         self._model = model
+        self._adapters = adapters
+        self._adapter_of: dict[int, str] = {}
         self._forward = Forward(model)
         self._cache = RowCache(rows, capacity)
         self._lengths = [0] * rows
@@ -146,10 +150,11 @@ class Rows:
         self._sliding = getattr(config, "sliding_window", None)
         self._additive = config._attn_implementation == "eager"
 
-    def open(self) -> int:
+    def open(self, adapter: str = "") -> int:
         row = self._handle_at.index(None)
         handle, self._next = self._next, self._next + 1
         self._handle_at[row], self._row_of[handle], self._lengths[row] = handle, row, 0
+        self._adapter_of[handle] = adapter
         return handle
 
     def feed(self, handle: int, tokens: Sequence[int]) -> torch.Tensor:
@@ -157,6 +162,7 @@ class Rows:
         start = self._lengths[row]
         self._cache.window = _Window(row, (start,), len(tokens), None)
         positions = torch.arange(start, start + len(tokens))[None]
+        self._use([handle])
         logits = self._forward(torch.tensor([list(tokens)]), self._cache, **self._positions(positions))
         self._lengths[row] = start + len(tokens)
         return logits[0]
@@ -173,6 +179,7 @@ class Rows:
         more = self._positions(positions[:, None])
         if not even:
             more["attention_mask"] = self._masks(positions, max(starts) + 1)
+        self._use(handles)
         logits = self._forward(torch.tensor([[tokens[handle]] for handle in handles]), self._cache, **more)
         for row in range(count):
             self._lengths[row] += 1
@@ -180,6 +187,7 @@ class Rows:
 
     def close(self, handle: int) -> None:
         row = self._row_of.pop(handle)
+        del self._adapter_of[handle]
         self._handle_at[row] = None
         self._lengths[row] = 0
         self._drop(row)
@@ -212,6 +220,10 @@ class Rows:
                     self._row_of[handle] = row
             if other is None:
                 self._drop(source)
+
+    def _use(self, handles: Sequence[int]) -> None:
+        if self._adapters is not None:
+            self._adapters.use([self._adapter_of[handle] for handle in handles])
 
     def _drop(self, row: int) -> None:
         for layer in self._cache.layers:

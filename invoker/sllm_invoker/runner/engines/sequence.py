@@ -12,7 +12,7 @@ import torch
 from sllm_invoker.runner.engines.base import GenerateRequest, TokenOutput
 
 State = Literal["waiting", "filling", "held", "running", "done"]
-"""waiting: no cache. filling: what is known of it is being computed. held: computed and silent."""
+"""waiting: no cache. filling: what is known of it is being computed. held: computed and silent, or paused."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,13 +32,16 @@ class Stream:
 
 @dataclass(slots=True, eq=False, repr=False)
 class TokenSequence:
-    """A sequence of this engine. `request` is fixed; `speaks`, `cancelled`, `stream` are the loop thread's to
-    write, everything else is the step thread's. `fed` counts tokens in the cache."""
+    """A sequence of this engine. `request` is fixed; `activated`, `paused`, `cancelled`, `stream` are the loop
+    thread's to write, everything else is the step thread's. `fed` counts tokens in the cache."""
 
     request: GenerateRequest
     drawn: list[int]
     stream: Stream = field(default_factory=Stream)
+    patient: bool = False
+    activated: bool = False
     speaks: bool = False
+    paused: bool = False
     cancelled: bool = False
     state: State = "waiting"
     handle: int | None = None

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from sllm_invoker.runner.engines.compute import Forward
+from sllm_invoker.runner.adapters import Adapters
+from sllm_invoker.runner.engines.compute import SMALL_CHUNK, Forward
 
 
 class Solo:
     """`Compute` with one private cache per sequence."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
+        self._adapters = adapters
+        self._adapter_of: dict[int, str] = {}
         self._config = model.config
         self._forward = Forward(model)
         self._handles = count()
@@ -28,13 +31,17 @@ class Solo:
         # A recurrent layer takes several tokens at once only when it starts: later ones go one by one.
         self._recurrent = not attention_only(DynamicCache(config=model.config))
         self.chunk = 1 << 30 if self._recurrent else 256
+        self.small_chunk = self.chunk if self._recurrent else SMALL_CHUNK
 
-    def open(self) -> int:
+    def open(self, adapter: str = "") -> int:
         handle = next(self._handles)
+        self._adapter_of[handle] = adapter
         self._caches[handle] = DynamicCache(config=self._config)
         return handle
 
     def feed(self, handle: int, tokens: Sequence[int]) -> torch.Tensor:
+        if self._adapters is not None:
+            self._adapters.use([self._adapter_of[handle]])
         one_by_one = self._recurrent and handle in self._fed
         self._fed.add(handle)
         for piece in [[token] for token in tokens] if one_by_one else [list(tokens)]:
@@ -47,6 +54,7 @@ class Solo:
     def close(self, handle: int) -> None:
         self._caches.pop(handle, None)
         self._fed.discard(handle)
+        self._adapter_of.pop(handle, None)
 
 
 def attention_only(cache: DynamicCache) -> bool:

@@ -2,7 +2,8 @@
 
     loop thread:    prefill, extend, activate, cancel, embed ──commands──►┐
                                                                           ▼
-    step thread:    take commands → admit → prefill a budget of tokens → step all running sequences by one
+    step thread:    take commands → admit → prefill a budget of tokens, draw for who speaks → patient ones' chunk
+                    → step all running sequences by one
                                                                           │
     loop thread:    futures resolved, streams fed  ◄──one call per step───┘
 
@@ -10,6 +11,11 @@ Theory. A sequence is waiting (no cache), filling (its prompt and tokens are bei
 silent) or running. Only the step thread touches the model, the cache and these states; the loop sends commands
 and reads what comes back, so there is nothing to lock but the inbox. The thread sleeps on a condition while
 there is nothing to do.
+
+A recompute for somebody who is served elsewhere (`patient`) must not stall who is served here: between two steps it
+gets one small chunk, which costs about what a step costs, and only when everybody who may speak has spoken. A
+sequence that is paused keeps its place and its cache. What somebody waits for, a draw as much as the word that a
+sequence is held or rests, leaves before the next forward begins: a hand-over is made of such waits.
 
 Cache is admitted by tokens actually held. When running sequences outgrow it, the youngest gives its cache back
 and waits to be computed again; since drawing is positional, its stream goes on as if nothing had happened.
@@ -38,8 +44,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from sllm_faas.errors import BadRequest, Cancelled, ContextTooLong, PlatformError, UnsupportedParameter
+from sllm_faas.errors import (
+    BadRequest,
+    Cancelled,
+    ContextTooLong,
+    PlatformError,
+    SllmError,
+    UnsupportedParameter,
+)
 from sllm_invoker.runner import attach as attaching
+from sllm_invoker.runner.arriving import arriving
 from sllm_invoker.runner.attach import Skeleton
 from sllm_invoker.runner.engines.base import (
     AttachReport,
@@ -83,9 +97,11 @@ class TransformersEngine:
         self._generates = manifest.generates
         self._compute: Compute
         if manifest.batched or not manifest.generates:
-            self._compute = Rows(self._model, rows=self._max_sequences, capacity=self._max_context)
+            self._compute = Rows(
+                self._model, rows=self._max_sequences, capacity=self._max_context, adapters=skeleton.adapters
+            )
         else:
-            self._compute = Solo(self._model)
+            self._compute = Solo(self._model, skeleton.adapters)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._inbox: deque[Callable[[], None]] = deque()
@@ -112,17 +128,36 @@ class TransformersEngine:
     def attach(self, checkpoint: Path) -> AttachReport:
         return attaching.attach(self._skeleton, checkpoint)
 
-    async def prefill(self, request: GenerateRequest) -> TokenSequence:
+    async def prefill(self, request: GenerateRequest, *, patient: bool = False) -> TokenSequence:
         self._check(request)
-        sequence = TokenSequence(request=request, drawn=list(request.tokens))
+        sequence = TokenSequence(request=request, drawn=list(request.tokens), patient=patient)
         await self._ask(sequence, lambda: self._sequences.append(sequence))
         return sequence
 
     async def extend(self, sequence: Sequence, tokens: SequenceOf[int]) -> None:
-        sequence, added = _own(sequence), list(tokens)
-        self._check_ids(added, "tokens")
-        if sequence.speaks:
+        sequence = _own(sequence)
+        if sequence.activated:
             raise BadRequest(f"a sequence that was activated cannot be extended: {sequence!r}.")
+        await self._ask(sequence, self._joining(sequence, tokens))
+
+    def activate(self, sequence: Sequence, tokens: SequenceOf[int] = ()) -> AsyncIterator[list[TokenOutput]]:
+        sequence = _own(sequence)
+        if sequence.activated:
+            raise BadRequest(f"a sequence can be activated once: {sequence!r}.")
+        join = self._joining(sequence, tokens)
+        sequence.activated = True
+
+        def begin() -> None:
+            join()
+            sequence.speaks, sequence.patient = True, False
+
+        self._send(begin)
+        return self._listen(sequence)
+
+    def _joining(self, sequence: TokenSequence, tokens: SequenceOf[int]) -> Callable[[], None]:
+        """The command that lets `tokens`, which are checked here, join a silent sequence."""
+        added = list(tokens)
+        self._check_ids(added, "tokens")
         self._check_room(sequence.request, len(sequence.drawn) + len(added))
 
         def join() -> None:
@@ -130,15 +165,18 @@ class TransformersEngine:
             if sequence.state == "held" and added:
                 sequence.state = "filling"
 
-        await self._ask(sequence, join)
+        return join
 
-    def activate(self, sequence: Sequence) -> AsyncIterator[list[TokenOutput]]:
+    async def pause(self, sequence: Sequence) -> None:
         sequence = _own(sequence)
-        if sequence.speaks:
-            raise BadRequest(f"a sequence can be activated once: {sequence!r}.")
-        sequence.speaks = True
+        sequence.paused = True
+        with contextlib.suppress(SllmError):  # its stream says so
+            await self._ask(sequence, lambda: None)
+
+    def proceed(self, sequence: Sequence) -> None:
+        sequence = _own(sequence)
+        sequence.paused = False
         self._send(lambda: None)
-        return self._listen(sequence)
 
     async def _listen(self, sequence: TokenSequence) -> AsyncIterator[list[TokenOutput]]:
         stream = sequence.stream
@@ -199,7 +237,11 @@ class TransformersEngine:
 
     def _check(self, request: GenerateRequest) -> None:
         if not self._generates:
-            raise UnsupportedParameter("this model computes embeddings only; it cannot generate.", param="model")
+            architecture = self._skeleton.checkpoint.manifest.architecture
+            raise UnsupportedParameter(f"{architecture} computes embeddings only; it cannot generate.", param="model")
+        names = self._skeleton.adapters.names if self._skeleton.adapters is not None else ()
+        if request.adapter and request.adapter not in names:
+            raise BadRequest(f"there is no adapter {request.adapter!r}; there are: {', '.join(names) or 'none'}.")
         if not request.prompt:
             raise BadRequest("the prompt has no tokens; at least one is needed.", param="prompt")
         self._check_ids(request.prompt, "prompt")
@@ -224,15 +266,18 @@ class TransformersEngine:
             raise BadRequest(f"a token id is outside 0 to {self._vocabulary - 1}.", param=param)
 
     async def _ask(self, sequence: TokenSequence, command: Callable[[], None]) -> None:
-        """Run `command` on the step thread and wait until all of the sequence is computed. When the waiter is
-        cancelled, the sequence is."""
+        """Run `command` on the step thread and wait until all of the sequence is computed, or it rests. When the
+        waiter is cancelled, the sequence is."""
         if sequence.stream.ended:
             raise Cancelled("the sequence has ended.")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def register() -> None:
             command()
-            sequence.ready.append(future)
+            if sequence.state == "done":
+                self._posts.append(partial(_fail, future, Cancelled("the sequence has ended.")))
+            else:
+                sequence.ready.append(future)
 
         self._send(register)
         try:
@@ -257,9 +302,14 @@ class TransformersEngine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._take():
-                self._guard(self._fill, ("waiting", "filling"))
-                self._guard(self._step, ("running",))
-                self._embed_some()
+                self._post()
+                with arriving(self._skeleton.weights):
+                    self._guard(self._fill, ("waiting", "filling"))
+                    self._guard(self._draw_fresh, ("running",))
+                    self._guard(self._fill_patient, ("waiting", "filling"))
+                    self._post()
+                    self._guard(self._step, ("running",))
+                    self._embed_some()
                 self._post()
 
     def _take(self) -> bool:
@@ -276,6 +326,8 @@ class TransformersEngine:
         for sequence in list(self._sequences):
             if sequence.cancelled:
                 self._forget(sequence, Cancelled("the sequence was cancelled."))
+            elif sequence.paused and sequence.speaks:
+                self._rest(sequence)
             elif sequence.state == "held":
                 self._settle(sequence)
         return True
@@ -289,7 +341,7 @@ class TransformersEngine:
         try:
             work()
         except Exception as error:
-            failure = PlatformError(f"the model failed: {type(error).__name__}: {error}")
+            failure = _failure(error)
             for sequence in [s for s in self._sequences if s.state in states and s.handle is not None]:
                 self._forget(sequence, failure)
 
@@ -309,11 +361,27 @@ class TransformersEngine:
     def _fill(self) -> None:
         """Place who may be placed, then compute a budget of prompt tokens, in order of arrival."""
         while (sequence := self._admissible()) is not None:
-            sequence.handle, sequence.fed, sequence.state = self._compute.open(), 0, "filling"
-        budget = STEP_TOKENS
-        for sequence in [s for s in self._sequences if s.state == "filling"]:
+            handle = self._compute.open(sequence.request.adapter)
+            sequence.handle, sequence.fed, sequence.state = handle, 0, "filling"
+        self._feed([s for s in self._filling() if not s.patient], STEP_TOKENS, self._compute.chunk)
+
+    def _fill_patient(self) -> None:
+        """The others' turn: all of the budget while nobody speaks here or is about to, else one small chunk."""
+        filling = self._filling()
+        patient = [s for s in filling if s.patient]
+        if self._running() or len(filling) > len(patient):
+            self._feed(patient, 1, self._compute.small_chunk)
+        else:
+            self._feed(patient, STEP_TOKENS, self._compute.chunk)
+
+    def _filling(self) -> list[TokenSequence]:
+        return [s for s in self._sequences if s.state == "filling"]
+
+    def _feed(self, sequences: list[TokenSequence], budget: int, chunk: int) -> None:
+        """Compute what they lack, in pieces of `chunk` tokens until `budget` is used up."""
+        for sequence in sequences:
             while budget > 0 and sequence.fed < sequence.length and not sequence.cancelled:
-                piece = sequence.slice(sequence.fed, self._compute.chunk)
+                piece = sequence.slice(sequence.fed, chunk)
                 sequence.logits = self._compute.feed(_placed(sequence), piece)
                 sequence.fed += len(piece)
                 budget -= len(piece)
@@ -322,17 +390,29 @@ class TransformersEngine:
 
     def _settle(self, sequence: TokenSequence) -> None:
         """All known tokens are computed: from here it is held, or speaks."""
-        sequence.state = "running" if sequence.speaks else "held"
+        sequence.state = "running" if sequence.speaks and not sequence.paused else "held"
+        self._answer(sequence)
+
+    def _rest(self, sequence: TokenSequence) -> None:
+        """Between two steps every sequence is at a token boundary: a paused one stays there."""
+        if sequence.state == "running":
+            sequence.state = "held"
+        self._answer(sequence)
+
+    def _answer(self, sequence: TokenSequence) -> None:
         waiters, sequence.ready = sequence.ready, []
         for future in waiters:
             self._posts.append(partial(_resolve, future, None))
 
-    def _step(self) -> None:
-        """Draw for those just filled, then compute and draw one more token for every running sequence."""
+    def _draw_fresh(self) -> None:
+        """Draw for those just filled."""
         fresh = [s for s in self._running() if s.logits is not None]
         if fresh:
             self._draw(fresh, torch.stack([s.logits for s in fresh if s.logits is not None]))
             self._post()
+
+    def _step(self) -> None:
+        """Compute and draw one more token for every running sequence."""
         self._make_room()
         running = {_placed(s): s for s in self._running()}
         if running:
@@ -407,7 +487,7 @@ class TransformersEngine:
                     budget -= len(ids)
                     embedding.vectors.append(self._vector(ids))
             except Exception as error:
-                failure = PlatformError(f"the model failed: {type(error).__name__}: {error}")
+                failure = _failure(error)
                 self._posts.append(partial(_fail, embedding.future, failure))
                 self._embeddings.popleft()
                 continue
@@ -417,6 +497,8 @@ class TransformersEngine:
 
     def _vector(self, ids: SequenceOf[int]) -> list[float]:
         """The mean over tokens of the last hidden layer, scaled to length one."""
+        if self._skeleton.adapters is not None:
+            self._skeleton.adapters.use(())
         body = self._model.base_model
         extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
         hidden = body(input_ids=torch.tensor([list(ids)]), **extra).last_hidden_state[0].float()
@@ -467,6 +549,13 @@ def _own(sequence: Sequence) -> TokenSequence:
     if not isinstance(sequence, TokenSequence):
         raise BadRequest(f"{sequence!r} is not a sequence of this engine.")
     return sequence
+
+
+def _failure(error: Exception) -> SllmError:
+    """What the requests are told: weights that did not arrive say so themselves."""
+    if isinstance(error, SllmError):
+        return error
+    return PlatformError(f"the model failed: {type(error).__name__}: {error}")
 
 
 def _resolve(future: asyncio.Future[Any], value: object) -> None:

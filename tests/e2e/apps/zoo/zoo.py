@@ -54,6 +54,15 @@ async def ticks(n: int, period: float = 0.02) -> AsyncIterator[int]:
         await asyncio.sleep(period)
 
 
+@app.function(max_containers=2, resumable=True)
+@sllm.concurrent(max_inputs=2)
+async def strides(n: int, period: float = 0.02) -> AsyncIterator[int]:
+    last = sllm.resumed()
+    for i in range(0 if last is None else last + 1, n):
+        yield i
+        await asyncio.sleep(period)
+
+
 @app.function()
 def unlucky(number: int) -> None:
     raise OutOfLuck("no luck with", number)

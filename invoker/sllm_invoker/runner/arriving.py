@@ -1,0 +1,52 @@
+"""Computing while the weights are still on their way: an operation waits for the bytes of its own arguments.
+
+    with arriving(weights):
+        model(ids)             embed ─ waits for its rows ─► layer 0 ─ waits for layer 0 ─► …
+
+The file is in execution order, so the forward pass follows the reader through it. The wait is at the dispatcher, under
+every module, hook and kernel: whoever touches a weight waits for it, in whatever order, and no model needs to be known
+for it. It costs microseconds per operation, and nothing once every byte is there. Invariant: no operation reads a byte
+that was not checked. Numbers are not changed: the operation that would have run is the one that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sllm_invoker.runner.weights import Weights
+
+
+def arriving(weights: Weights | None) -> contextlib.AbstractContextManager[object]:
+    """For the calling thread. What `Weights.wait` raises comes out of the operation that needed the bytes."""
+    return contextlib.nullcontext() if weights is None or weights.arrived else _Arriving(weights)
+
+
+class _Arriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._weights = weights
+        self._first = torch.frombuffer(weights.buffer, dtype=torch.uint8, count=1).data_ptr()
+        self._end = self._first + weights.part.bytes
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not self._weights.arrived:
+            self._await(args)
+            if kwargs:
+                self._await(kwargs.values())
+        return func(*args, **(kwargs or {}))
+
+    def _await(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if self._first <= storage.data_ptr() < self._end:
+                    self._weights.wait(storage.data_ptr() + storage.nbytes() - self._first)
+            elif isinstance(value, (list, tuple)):
+                self._await(value)

@@ -1,0 +1,102 @@
+"""A server of one model folder, by HTTP and as S3 would, that misbehaves as told."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+WEIGHTS = "model.safetensors"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `folder` under /bucket/model with ETags and ranges, and misbehaves as told. `cut` ends every answer of the
+    weights after so many bytes; `asked` has (method, name, range)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.cut = 0
+        self.tags = True
+        self.ranges = True
+        self.redirect = ""
+        self.asked: list[tuple[str, str, str]] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}/bucket/model"
+
+    def weights_asked(self) -> list[str]:
+        return [wanted for method, name, wanted in self.asked if method == "GET" and name == WEIGHTS]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(None)
+
+    def do_GET(self) -> None:
+        self._answer(self.headers.get("Range"))
+
+    def _answer(self, wanted: str | None) -> None:
+        name = self.path.removeprefix("/bucket/model/").partition("?")[0]
+        self.server.asked.append((self.command, name, wanted or ""))
+        path = self.server.folder / name
+        if self.server.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if "/" in name or not path.is_file():
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = path.read_bytes()
+        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        start, whole = 0, len(data)
+        if wanted and self.server.ranges and self.headers.get("If-Range", tag) == tag:
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
+            assert match
+            assert not match[2] or int(match[2]) == whole - 1, "to the end"
+            start = int(match[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        else:
+            self.send_response(200)
+        if self.server.tags:
+            self.send_header("ETag", tag)
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 04:00:00 GMT")
+        self.send_header("Content-Length", str(whole - start))
+        self.end_headers()
+        if self.command == "GET":
+            cut = self.server.cut if name == WEIGHTS else 0
+            self.wfile.write(data[start : start + cut] if cut else data[start:])
+            self.close_connection = bool(cut)
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    made = Server(folder)
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        thread.join()
+        made.server_close()
