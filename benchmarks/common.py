@@ -201,6 +201,16 @@ def platform_up(*flags: str) -> Iterator[Platform]:
         shutil.rmtree(state, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def platform_with(app: str, *flags: str) -> Iterator[Platform]:
+    """`platform_up` with an app deployed, given as its source."""
+    with platform_up(*flags) as platform, tempfile.TemporaryDirectory(prefix="sllm-bench-") as folder:
+        path = Path(folder) / "app.py"
+        path.write_text(app)
+        platform.sllm("deploy", str(path))
+        yield platform
+
+
 @dataclass(frozen=True)
 class Load:
     """What wrk saw: requests per second, latency percentiles in milliseconds, answers that were not 2xx."""

@@ -5,8 +5,10 @@ sllm-faas (authentication, metrics and logs on; gateway -> invoker -> container 
 uvicorn, by LitServe and by Ray Serve. Then 100 functions in 100 containers called round robin beside one
 function, and SSE events per second over 8 streams, one event for each `yield`.
 
-Limit: bare Starlette is the floor; every request of ours crosses three processes instead of one, on the same
-two cores that also run the load generator.
+Limits: bare Starlette is the floor of one process. Every request of ours crosses three, on the same cores that also
+run the load generator: the floor of that is the bare chain (peers/chain.py), the same hops with nothing on them. With a
+hundred containers every call wakes a process that has been out of the processor's caches for a hundred calls; what the
+bare chain loses by that is what any chain of these processes loses.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.common import (
@@ -54,11 +57,11 @@ def ours(directory: Path) -> Iterator[tuple[str, Path]]:
         yield url, wrk_script(directory, BODY, platform.headers)
 
 
-def peer(python: str, script: str, path: str, seconds: float) -> Server:
+def peer(python: str, script: str, path: str, seconds: float, *args: str) -> Server:
     @contextlib.contextmanager
     def server(directory: Path) -> Iterator[tuple[str, Path]]:
         port = free_port()
-        with process([python, str(ROOT / "benchmarks/peers" / script), str(port)]) as child:
+        with process([python, str(ROOT / "benchmarks/peers" / script), str(port), *args]) as child:
             url = f"http://127.0.0.1:{port}{path}"
             wait_http(url, seconds, child, JSON, BODY.encode())
             yield url, wrk_script(directory, BODY, JSON)
@@ -83,21 +86,46 @@ def rounds(servers: dict[str, Server], count: int, seconds: float, directory: Pa
     return seen
 
 
-def many_functions(platform: Platform, count: int, seconds: float, directory: Path) -> tuple[list[float], list[float]]:
-    """(rates of one function, rates of a hundred round robin), interleaved."""
-    paths = [f"/v1/functions/many/echo_{number}" for number in range(100)]
-    for path in paths:
-        wait_http(platform.url + path, 60, headers=platform.headers, body=BODY.encode())
-    single = wrk_script(directory, BODY, platform.headers, paths[:1])
-    hundred = wrk_script(directory, BODY, platform.headers, paths)
-    one, all_of_them = [], []
-    for _ in range(count):
-        one.append(wrk(platform.url, 16, seconds, single).rate)
-        load = wrk(platform.url, 16, seconds, hundred)
-        if load.errors:
-            raise SystemExit(f"{load.errors} errors while calling 100 functions")
-        all_of_them.append(load.rate)
-    return one, all_of_them
+@dataclass
+class Many:
+    """Rates of one function, and of a hundred round robin, by round."""
+
+    url: str
+    single: Path
+    hundred: Path
+    one: list[float] = field(default_factory=list)
+    all: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, url: str, headers: dict[str, str], path: str, directory: Path) -> Many:
+        """`path` with a number behind it is a function, and each of them answers."""
+        paths = [f"{path}{number}" for number in range(100)]
+        for each in paths:
+            wait_http(url + each, 60, headers=headers, body=BODY.encode())
+        single, hundred = (wrk_script(directory, BODY, headers, some) for some in (paths[:1], paths))
+        return cls(url, single, hundred)
+
+    def measure(self, seconds: float) -> None:
+        for script, rates in ((self.single, self.one), (self.hundred, self.all)):
+            load = wrk(self.url, 16, seconds, script)
+            if load.errors:
+                raise SystemExit(f"{load.errors} errors while calling {script.name} at {self.url}")
+            rates.append(load.rate)
+
+    @property
+    def loss(self) -> float:
+        return 1 - statistics.median(a / b for a, b in zip(self.all, self.one, strict=True))
+
+
+def many_functions(platform: Platform, count: int, seconds: float, directory: Path) -> tuple[Many, Many]:
+    """(ours, those of the bare chain), interleaved."""
+    ours = Many.of(platform.url, platform.headers, "/v1/functions/many/echo_", directory)
+    with peer(sys.executable, "chain.py", "/echo/0", 30, "100")(directory) as (url, _):
+        chain = Many.of(url.removesuffix("/echo/0"), JSON, "/echo/", directory)
+        for _ in range(count):
+            ours.measure(seconds)
+            chain.measure(seconds)
+    return ours, chain
 
 
 def sse_rate(platform: Platform, streams: int, events: int) -> float:
@@ -145,6 +173,7 @@ def main() -> int:
     servers: dict[str, Server] = {
         "sllm-faas": ours,
         "starlette": peer(sys.executable, "bare.py", "/echo", 30),
+        "chain": peer(sys.executable, "chain.py", "/echo/0", 30),
         "litserve": peer(peers_python, "lit.py", "/predict", 60),
         "rayserve": peer(peers_python, "rayserve.py", "/", 120),
     }
@@ -154,7 +183,7 @@ def main() -> int:
         seen = rounds(servers, count, seconds, directory)
         with platform_up() as platform:
             platform.sllm("deploy", str(ROOT / "benchmarks/apps/many.py"))
-            one, hundred = many_functions(platform, count, seconds, directory)
+            many, chain = many_functions(platform, count, seconds, directory)
             platform.sllm("delete", "--yes", "many")
             platform.sllm("deploy", str(ROOT / "benchmarks/apps/plane.py"))
             sse_rate(platform, 8, 1000)
@@ -182,14 +211,17 @@ def main() -> int:
     added = statistics.median(
         mine.p50 - bare.p50 for mine, bare in zip(seen["sllm-faas"][1], seen["starlette"][1], strict=True)
     )
-    loss = 1 - statistics.median(a / b for a, b in zip(hundred, one, strict=True))
-    report.figure("one_function.rate", statistics.median(one))
-    report.figure("hundred_functions.rate", statistics.median(hundred))
+    for system, rates in (("sllm-faas", many), ("chain", chain)):
+        report.figure(f"{system}.one_function.rate", statistics.median(rates.one))
+        report.figure(f"{system}.hundred_functions.rate", statistics.median(rates.all))
+        report.figure(f"{system}.lost_with_hundred", rates.loss)
+        one, hundred = statistics.median(rates.one), statistics.median(rates.all)
+        print(f"{system}: one function {one:.0f} req/s, a hundred {hundred:.0f}, lost {rates.loss:.1%}")
     report.at_least("rate at 16 connections / LitServe", ratio("litserve"), 3.5)
     report.at_least("rate at 16 connections / Ray Serve", ratio("rayserve"), 20)
     report.at_least("rate at 16 connections / bare Starlette", ratio("starlette"), 0.35)
     report.at_most("unloaded p50 added to bare Starlette, ms", added, 1.5)
-    report.at_most("rate lost with 100 functions in 100 containers", loss, 0.2)
+    report.at_most("rate lost with 100 functions in 100 containers", many.loss, 0.2)
     report.at_least("SSE events/s over 8 streams", statistics.median(events), 10_000)
     return report.finish(args.json)
 

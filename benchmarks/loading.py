@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -24,16 +23,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sllm_invoker.checkpoints.channel import Loaded
 from sllm_invoker.checkpoints.object import CheckpointObject
-from sllm_invoker.checkpoints.page_cache import resident
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
 from sllm_invoker.memory_tier import MemoryTier
 
+from benchmarks import models
 from benchmarks.common import PEERS, ROOT, Report, arguments, table
+from benchmarks.disk import drop, fill, fio, limit
 
 SCRIPT = ROOT / "benchmarks/peers/load.py"
 FOREIGN = {
@@ -42,28 +41,6 @@ FOREIGN = {
     "tensorizer": "tensorizer",
 }
 NATIVE = ("sllm", "safetensors", "torch.load", "transformers")
-SHAPES: dict[str, dict[str, Any]] = {
-    "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "1.1B": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-}  # fmt: skip
-
-MAKE = """
-import json, sys, torch, transformers, transformers.initialization
-from pathlib import Path
-shape, where = json.loads(sys.argv[1]), Path(sys.argv[2])
-torch.manual_seed(1)
-config = transformers.LlamaConfig(vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, **shape)
-with transformers.initialization.no_init_weights():
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.02)
-model.save_pretrained(where, max_shard_size="1TB")
-torch.save(model.state_dict(), where / "model.pt")
-"""
 MAKE_TENSORIZER = """
 import sys, tensorizer, torch
 serializer = tensorizer.TensorSerializer(sys.argv[1] + "/model.tensors")
@@ -94,55 +71,18 @@ class Run:
 def build(name: str, root: Path, loaders: dict[str, str]) -> Model:
     """The model as files for every loader, and ingested."""
     source, store = root / f"source-{name}", root / "store"
-    _run(sys.executable, "-c", MAKE, json.dumps(SHAPES[name]), str(source))
+    print(f"{name}: making its files", flush=True)
+    models.build(name, source, pickle=True)
     if "tensorizer" in loaders:
-        _run(loaders["tensorizer"], "-c", MAKE_TENSORIZER, str(source))
+        models.run(loaders["tensorizer"], "-c", MAKE_TENSORIZER, str(source))
     ingest = ["-m", "sllm_invoker.checkpoints.ingest", "--root", str(store), "--source", str(source), "--name", name]
-    _run(sys.executable, *ingest)
+    models.run(sys.executable, *ingest)
     os.sync()
     return Model(name, source, CheckpointStore(store).get(name))
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-
-
 def files(model: Model) -> list[Path]:
     return [*model.source.glob("model.*"), model.checkpoint.part_path()]
-
-
-def drop(model: Model) -> None:
-    """Nothing of it in the page cache."""
-    with contextlib.suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("1")
-    for path in files(model):
-        fd = os.open(path, os.O_RDONLY)
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-        if (left := resident(path)) > 0.02:
-            raise SystemExit(f"{path} cannot be dropped from the page cache: {left:.0%} is left")
-
-
-def fill(path: Path) -> None:
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(1 << 24)
-        while file.readinto(buffer):
-            pass
-
-
-def fio(path: Path) -> float:
-    """GB/s, the better of one large synchronous reader and of several blocks in flight; memory faulted beforehand."""
-    if not shutil.which("fio"):
-        raise SystemExit("fio is needed (Debian: apt-get install fio)")
-    best = 0.0
-    for engine in (["--ioengine=psync", "--bs=64M"], ["--ioengine=libaio", "--iodepth=4", "--bs=16M"]):
-        common = ["--name=read", f"--filename={path}", "--rw=read", "--direct=1", "--readonly", "--output-format=json"]
-        done = subprocess.run(["fio", *common, *engine], capture_output=True, text=True, check=True)
-        best = max(best, json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"] / 1e9)
-    return best
 
 
 class Loader:
@@ -203,28 +143,31 @@ async def settle(tier: MemoryTier, digest: str) -> None:
 
 
 async def measure(model: Model, loaders: dict[str, str], rounds: int, root: Path, report: Report) -> None:
-    limit = 3 * model.bytes // 2**20 + 256
-    tier = MemoryTier(root / "store", limit, Tree(root))
+    room = 3 * model.bytes // 2**20 + 256
+    tier = MemoryTier(root / "store", room, Tree(root))
     tier.start()
     runs: dict[tuple[str, str], list[Run]] = {}
-    disk: list[float] = []
+    disk: list[dict[str, float]] = []
     try:
         # The first read pays for memory that later ones find ready: not measured, as for a store that has run a while.
         await tier.open(model.checkpoint.digest, model.checkpoint.directory, prefetch=True).loaded
         for _ in range(rounds):
-            drop(model)
+            drop(files(model))
             disk.append(fio(model.checkpoint.part_path()))
             for name, python in loaders.items():
                 await settle(tier, model.checkpoint.digest)
                 loader = Loader(name, python, model, tier)
                 await loader.ready()
-                drop(model)
-                runs.setdefault((name, "cold"), []).append(await loader.run())
+                drop(files(model))
+                cold = await loader.run()
                 await loader.ready()
                 if name != "sllm":
                     fill(model.source / _file_of(name))
-                runs.setdefault((name, "warm"), []).append(await loader.run())
+                warm = await loader.run()
                 await loader.close()
+                runs.setdefault((name, "cold"), []).append(cold)
+                runs.setdefault((name, "warm"), []).append(warm)
+                print(f"{model.name} {name}: cold {cold.seconds:.2f} s, warm {warm.seconds:.2f} s", flush=True)
     finally:
         await tier.close()
     sums = {run.checksum for each in runs.values() for run in each}
@@ -241,7 +184,7 @@ def show(
     model: Model,
     loaders: dict[str, str],
     runs: dict[tuple[str, str], list[Run]],
-    disk: list[float],
+    disk: list[dict[str, float]],
     report: Report,
 ) -> None:
     name = model.name
@@ -269,7 +212,7 @@ def show(
             report.figure(f"{name}_{loader}_{state}_gbs", rate(loader, state))
     read = [run.loaded for run in runs["sllm", "cold"] if run.loaded is not None]
     ours = statistics.median(each.bytes / each.seconds / 1e9 for each in read)
-    fastest = statistics.median(disk)
+    fastest = limit(disk)
     report.figure(f"{name}_disk_to_dram_gbs", ours)
     report.figure(f"{name}_fio_gbs", fastest)
     warm = [run.stages for run in runs["sllm", "warm"]]
@@ -296,13 +239,13 @@ def has(python: str, module: str) -> bool:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--models", default="", help=f"some of {', '.join(SHAPES)}; default: all, --quick: 110M")
+    parser.add_argument("--models", default="", help=f"some of {', '.join(models.SHAPES)}; default: all, --quick: 110M")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="on the disk to measure; default: the system's")
     parser.add_argument("--loaders", default="", help="some of them, by comma; sllm is always there")
     options = parser.parse_args()
-    names = options.models.split(",") if options.models else ["110M"] if options.quick else list(SHAPES)
-    rounds = options.rounds or (1 if options.quick else 5)
+    names = options.models.split(",") if options.models else ["110M"] if options.quick else list(models.SHAPES)
+    rounds = options.rounds or (1 if options.quick else 3)
     python = str(PEERS / "bin/python")
     loaders = dict.fromkeys(NATIVE, sys.executable)
     for loader, module in FOREIGN.items():

@@ -2,11 +2,11 @@
 
 A decision is one call of the machine with one more waiting request, which ends in a start, an eviction or a move; the
 whole of it is timed: demand taken in, instances wanted, candidates found and estimated, the choice, the records and
-indexes changed, the command made. 90 % of the slots are occupied, half of them by instances that are idle and may go,
-half by busy ones that may move. Each node has eight accelerators, every second node reads twice as fast, each function
-has a checkpoint on three nodes' disks; a quarter of the functions takes two accelerators. Between decisions, untimed,
-commands are obeyed and instances ended, so that the occupancy stays. Times are CPU times of the one thread, so other
-work on the machine is not in them.
+indexes changed, the command made. 90 % of the slots are occupied, a fifth of them by instances that are idle and may
+go, the rest by busy ones that may move. Each node has eight accelerators, every second node reads twice as fast, each
+function has a checkpoint on three nodes' disks; a quarter of the functions takes two accelerators. Between decisions,
+untimed, commands are obeyed and instances ended, so that the occupancy stays. Times are CPU times of the one thread,
+so other work on the machine is not in them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from random import Random
 from benchmarks.common import Report, arguments, percentile, table
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
+from sllm_faas.controller.__main__ import spare_the_collector
 from sllm_faas.controller.state import Machine
 from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, Scaling, Target, digest
 from sllm_faas.wire.messages import InstanceReport, NodeInfo, TargetDemand
 
 SLOTS = 8
 OCCUPIED = 0.9
+BUSY = 0.8
 GB = 10**9
 
 
@@ -109,9 +111,9 @@ class Cluster:
             self.feed(self.event(target, change))
 
     def relax(self) -> None:
-        """Back to the occupancy there was, half of it busy."""
+        """Back to the occupancy there was, and the share of it that is busy."""
         instances = self.machine.state.instances
-        while self.asked > len(instances) / 2:
+        while self.asked > BUSY * len(instances):
             self.ask(self.rng.choice(self.targets), -1)
         names = list(instances) if self.used > OCCUPIED * self.slots else []
         while self.used > OCCUPIED * self.slots:
@@ -141,7 +143,7 @@ def measure(nodes: int, functions: int, decisions: int) -> tuple[Cluster, list[f
     cluster = Cluster(nodes, functions, seed=nodes)
     times: list[float] = []
     gc.collect()
-    gc.freeze()
+    spare_the_collector()  # as the controller's process does
     while len(times) < decisions:
         spent = cluster.decide()
         if spent is not None:

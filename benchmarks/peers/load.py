@@ -82,6 +82,9 @@ def sllm(path: Path) -> Load:
         weights = skeleton.weights
         assert weights is not None
         began = time.perf_counter()
+        weights.wait()
+        stages["wait"] = time.perf_counter() - began
+        began = time.perf_counter()
         memory = torch.frombuffer(weights.buffer, dtype=torch.uint8)
         if not populate(memory.data_ptr(), memory.numel()):
             stages["populate_refused"] = 1.0
