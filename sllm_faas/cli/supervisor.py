@@ -226,7 +226,6 @@ class Supervisor:
         loop.add_reader(process.stdout.fileno(), self._read, child)
         loop.add_reader(child.pidfd, self._died, child)
         self._children[part.name] = child
-        self._restarts.started(part.name, time.monotonic())
         try:
             self._write_record()
         except OSError as error:
@@ -258,6 +257,7 @@ class Supervisor:
         if line.startswith(b'{"time"'):
             if not child.ready.done() and json.loads(line).get("event") == "ready":
                 child.ready.set_result(True)
+                self._restarts.ready(child.part.name, time.monotonic())
             self._keep(line + b"\n")
             return
         text = line.decode(errors="replace")
@@ -293,13 +293,12 @@ class Supervisor:
             return
         if code == 0 and child.ready.result():  # it was asked to leave
             log.info("left", name=child.part.name)
-            self._start_again(child.part)
-            return
-        log.error("died", name=child.part.name, code=code, text=_death(code))
+        else:
+            log.error("died", name=child.part.name, code=code, text=_death(code))
         self._restart(child.part)
 
     def _restart(self, part: Part) -> None:
-        delay = self._restarts.died(part.name, time.monotonic())
+        delay = self._restarts.ended(part.name, time.monotonic())
         log.info("restarting", name=part.name, delay=delay)
         asyncio.get_running_loop().call_later(delay, self._start_again, part)
 

@@ -4,7 +4,7 @@ Not part of the product, which has no hook for it: the functions through which e
 SLLM_BOUNDARIES naming a folder, each frame of a move that a controller, gateway or invoker is about to send, or has
 received and not yet acted upon, is counted and noted in `frames.jsonl` there; at the one that `order.json` names,
 the process that it names is killed, once. What was sent before is given time to leave first. OUTPUT' is one under a
-raised fence, STATE' one that answers PAUSE. The supervisor starts what died again without waiting longer each time.
+raised fence, STATE' one that answers PAUSE.
 """
 
 from __future__ import annotations
@@ -130,18 +130,8 @@ def install(folder: Path, process: str) -> None:
     patched.__init__ = opened
 
 
-def restart_at_once() -> None:
-    """What is killed this often would be taken for a crash loop."""
-    from sllm_faas.cli.restarts import Restarts
-
-    patched: Any = Restarts
-    patched.died = lambda self, name, now: 0.0
-
-
 def main() -> None:
     words = sys.orig_argv
-    if "SLLM_BOUNDARIES" in os.environ and "sllm_faas.cli.supervisor" in words:
-        restart_at_once()
     if "SLLM_BOUNDARIES" in os.environ and "--name" in words and any(module in words for module in MODULES):
         install(Path(os.environ["SLLM_BOUNDARIES"]), words[words.index("--name") + 1])
 
