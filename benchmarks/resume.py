@@ -28,11 +28,11 @@ from typing import Any
 import httpx
 
 from benchmarks.common import ROOT, Platform, Report, arguments, percentile, platform_with, table
+from benchmarks.divergence import Referee
 
 STREAMS = 32
 TOKENS = 300
 SEEDS = 24
-MARGIN = 1e-4
 NEW_INVOKER = 10.0
 """Seconds in which a killed invoker is replaced and has made its layers again."""
 MODEL = ROOT / "examples/counting/model"
@@ -131,22 +131,6 @@ def counted(prompt: str) -> str:
     return "".join(f" {(int(prompt) + 1 + i) % 1000}" for i in range(TOKENS))
 
 
-def margin(expected: str, got: str, seed: int) -> float:
-    """By how much the best score beat the second where two rolls diverge first. Loads the model."""
-    import numpy as np
-    import torch
-    from sllm_invoker.runner.sampling import gumbel_of_all
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
-    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
-    ids = tokenizer("roll:" + expected[:at], return_tensors="pt").input_ids
-    with torch.no_grad():
-        logits = model(ids).logits[0, -1].double().numpy()
-    best = np.sort(logits + gumbel_of_all([(seed, at)], len(logits))[0])
-    return float(best[-1] - best[-2])
-
-
 # -- killing ---------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +216,7 @@ class Run:
         self.rolls: dict[int, str] = {}
         self.tally = Tally()
         self.stop = False
+        self.referee = Referee(MODEL)
 
     async def undisturbed(self) -> None:
         """Every sampled answer as it is when nothing dies; and that counting counts."""
@@ -261,12 +246,23 @@ class Run:
         if answer.text == expected:
             return
         tally.diverged += 1
-        close = (
-            wanted.prompt == "roll:" and await asyncio.to_thread(margin, expected, answer.text, wanted.seed) <= MARGIN
-        )
-        tally.excused += close
-        if not close:
-            print(f"DIVERGED {wanted} (resumed {len(answer.gaps)} times):\n  {expected}\n  {answer.text}", flush=True)
+        story = await asyncio.to_thread(self._excuse, wanted, expected, answer.text)
+        tally.excused += not story
+        if story:
+            print(
+                f"DIVERGED {wanted} (resumed {len(answer.gaps)} times), {story}:\n  {expected}\n  {answer.text}",
+                flush=True,
+            )
+
+    def _excuse(self, wanted: Ask, expected: str, got: str) -> str:
+        """Empty if rounding explains what differs, else the story. Blocks."""
+        if wanted.prompt != "roll:":
+            return "it does not count"
+        try:
+            found = self.referee.explain(wanted.body(), 0, expected, got)
+        except ValueError as error:
+            return str(error)
+        return "" if found.excused else found.story
 
 
 async def first_tokens(client: httpx.AsyncClient, model: str, count: int) -> list[float]:
