@@ -117,13 +117,27 @@ class Client:
             time.sleep(0.1)
 
     def end_templates(self) -> None:
-        """As if they had been idle for too long: the next start finds the libraries' layer."""
-        for path in self.platform.state.glob("logs/*.jsonl"):
-            for line in path.read_text().splitlines():
-                if "zygote_ready" in line and (found := json.loads(line))["layer"].startswith("template:"):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(found["pid"], signal.SIGKILL)
-        time.sleep(0.5)  # until the invoker has noticed
+        """The next start finds the libraries' layer: the invoker knows that they are gone and has not made new ones."""
+        killed = {each["pid"] for each in self._said("zygote_ready") if each["layer"].startswith("template:")}
+        killed = {pid for pid in killed if _kill(pid)}
+        deadline = time.monotonic() + 5.0
+        while not killed <= {each["pid"] for each in self._said("zygote_died")}:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the invoker did not notice within 5 s that templates {sorted(killed)} were killed")
+            time.sleep(0.002)
+
+    def _said(self, event: str) -> list[dict[str, Any]]:
+        """What the platform's processes logged under that name."""
+        lines = (line for path in self.platform.state.glob("logs/*.jsonl") for line in path.read_text().splitlines())
+        return [json.loads(line) for line in lines if f'"{event}"' in line]
+
+
+def _kill(pid: int) -> bool:
+    """Whether there was such a process."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
 
 
 @dataclass
