@@ -132,6 +132,18 @@ def test_who_wants_it_again_while_the_read_is_being_cancelled_gets_a_read_of_its
     assert tier.bytes_of(a) == a.part_path().read_bytes()
 
 
+def test_a_read_that_ends_as_the_last_who_waited_leaves_keeps_no_memory(make, objects):
+    tier, (a, b, _) = make(2), objects
+    load = tier.open(a, "1")
+    load.reading.done.result(timeout=30)  # and the tier has not heard of it yet
+    tier.tier.gone("1")
+    tier.until(lambda: tier.ended)
+    assert isinstance(tier.ended[0][1], Cancelled)
+    assert tier.tier.book.held == 0
+    tier.have(b, "2")
+    assert tier.bytes_of(b) == b.part_path().read_bytes()
+
+
 def test_one_of_two_who_wait_may_leave(make, objects):
     tier, a = make(4, gated=True), objects[0]
     tier.open(a, "1")

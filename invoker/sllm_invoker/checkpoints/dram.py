@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sllm_faas.errors import CheckpointError, StorageFull
+from sllm_faas.errors import Cancelled, CheckpointError, StorageFull
 from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose
 from sllm_invoker.checkpoints.object import Part, read_manifest
 from sllm_invoker.checkpoints.page_cache import resident
@@ -168,7 +168,8 @@ class DramTier:
 
     def done(self, load: Load) -> None:
         """The reading of `load` has ended, one way or the other; nothing writes to its slabs any more."""
-        if self.loads.get(load.digest) is load:
+        forsaken = load.reading is not None and self.loads.get(load.digest) is not load
+        if not forsaken:
             del self.loads[load.digest]
         report: ReadReport | None = None
         error: Exception | None = None
@@ -176,6 +177,8 @@ class DramTier:
             found = load.reading.done.exception()
             error = found if isinstance(found, Exception) else None
             report = None if found is not None else load.reading.done.result()
+        if forsaken and error is None:  # it was over before it could be called back; its slabs are nobody's
+            error, report = Cancelled(f"nobody waited for the read of checkpoint {load.digest[:12]} any more."), None
         if load.residence is not None:
             if error is None:
                 self.book.filled(load.residence.number)
