@@ -234,7 +234,7 @@ class RelayCore:
         # All of it, if it is still here: with that the adopter can resume it elsewhere, should this instance be lost.
         first = flight.start if flight.base <= flight.start <= header.seq else header.seq
         head = header._replace(fence=flight.fence, route=flight.where.number, seq=first)
-        actions: list[Action] = [self._adopted(gateway, head, found)]
+        actions: list[Action] = [self._adopted(gateway, head, found, *flight.invoke[1:])]
         actions += [Send("gateway", gateway, parts) for end, parts in flight.window if end > first]
         if flight.terminal is not None:
             actions.append(Send("gateway", gateway, flight.terminal))
@@ -245,8 +245,8 @@ class RelayCore:
             actions.append(Send("container", flight.where.peer, [more.pack()]))
         return actions
 
-    def _adopted(self, gateway: bytes, header: Header, body: Adopted) -> Send:
-        return Send("gateway", gateway, encode(header._replace(type=Type.ADOPTED), body))
+    def _adopted(self, gateway: bytes, header: Header, body: Adopted, *buffers: bytes) -> Send:
+        return Send("gateway", gateway, encode(header._replace(type=Type.ADOPTED), body, *buffers))
 
     # -- containers ------------------------------------------------------------------------------------------
 

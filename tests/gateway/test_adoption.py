@@ -15,7 +15,7 @@ from sllm_faas.errors import NotFound, Unavailable
 from sllm_faas.spec import FunctionSpec, MethodSpec
 from sllm_faas.wire import codec
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import Adopted, Done, Failed, FunctionRoute, Invoke, NodeInfo, Routes
+from sllm_faas.wire.messages import INLINE_LIMIT, Adopted, Done, Failed, FunctionRoute, Invoke, NodeInfo, Routes
 from tests.gateway.test_handover import LOST, sent, taken
 from tests.gateway.world import T, World
 
@@ -42,9 +42,9 @@ def asked(world: World, first: int) -> asyncio.Task[Handle]:
     return asyncio.ensure_future(adoptions.adopt(ID, first))
 
 
-def found(world: World, node: str, fence: int, seq: int, invoke: Invoke = INVOKE) -> None:
+def found(world: World, node: str, fence: int, seq: int, invoke: Invoke = INVOKE, *buffers: bytes) -> None:
     body = Adopted("found", codec.pack(invoke), T, "i-1")
-    world.receive(Header(Type.ADOPTED, ID, fence, 1, seq=seq), body, node)
+    world.receive(Header(Type.ADOPTED, ID, fence, 1, seq=seq), body, node, *buffers)
 
 
 def unknown(world: World, node: str) -> None:
@@ -103,6 +103,22 @@ async def test_a_part_of_a_stream_is_no_state_to_resume_from(world: World) -> No
     handle = await search
     world.reply(handle, Type.FAILED, Failed(LOST.error))
     assert handle.ended is not None and handle.ended.error is not None
+    world.empty()
+
+
+async def test_one_whose_payload_was_large_is_resumed_with_it(world: World) -> None:
+    large = b'"' + b"x" * INLINE_LIMIT + b'"'
+    search = asked(world, 1)
+    await asyncio.sleep(0)
+    unknown(world, "m")
+    found(world, "n", 1, 0, replace(INVOKE, payload=b""), large)
+    say(world, "n", 1, 0, b"0")
+    handle = await search
+    world.reply(handle, Type.FAILED, LOST)
+    (frame,) = sent(world, handle.node, Type.INVOKE)
+    assert (frame.body.payload, frame.buffers, frame.body.outputs) == (b"", (large,), 1)
+    world.reply(handle, Type.DONE, Done(), seq=1)
+    await taken(handle)
     world.empty()
 
 

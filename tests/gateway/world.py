@@ -71,8 +71,8 @@ class World:
         self.calls += 1
         return self.dispatcher.submit(Call(self.calls.to_bytes(16, "big"), target, "f", b"{}", **more))
 
-    def receive(self, header: Header, body: Any = None, node: str = "n") -> None:
-        self.dispatcher.on_invoker_message(node, codec.encode(header, body))
+    def receive(self, header: Header, body: Any = None, node: str = "n", *buffers: bytes) -> None:
+        self.dispatcher.on_invoker_message(node, codec.encode(header, body, *buffers))
         self.dispatcher.validate()
 
     def reply(self, handle: Handle, kind: Type, body: Any = None, node: str = "", **header: Any) -> None:

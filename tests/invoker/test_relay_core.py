@@ -292,6 +292,18 @@ def test_an_orphan_is_adopted_replayed_and_goes_on() -> None:
     rig.core.validate()
 
 
+def test_an_adopter_gets_a_large_payload_too() -> None:
+    """Without it, the adopter could not resume the invocation elsewhere."""
+    rig = Rig(gateways=(G, H))
+    header, large = Header(Type.INVOKE, ident(1), 1, 1, credit=NO_LIMIT), b"x" * 100_000
+    rig.core.from_gateway(G, header, encode(header, Invoke("f"), large), rig.now)
+    rig.core.gateway_lost(G, rig.now)
+    (adopted, *_) = rig.gateway(Type.ADOPT, 1, H, fence=0, credit=NO_LIMIT)
+    assert isinstance(adopted, Send)
+    frame = decode(adopted.parts)
+    assert (frame.body.status, frame.buffers) == ("found", (large,))
+
+
 def test_an_orphan_that_nobody_adopts_is_cancelled() -> None:
     rig = Rig(orphan_grace=10.0)
     rig.invoke(1)
