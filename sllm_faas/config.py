@@ -56,9 +56,9 @@ def _host(value: str) -> str:
 
 
 def _listen(value: str) -> str:
-    found = re.fullmatch(r"tcp://[^\s/:]+:(\d{1,5})", value)
-    good = not value or (found is not None and 1 <= int(found[1]) <= 65535)
-    return "" if good else "'' or tcp://HOST:PORT"
+    found = re.fullmatch(r"tcp://([^\s/:]+):(\d{1,5})", value)
+    good = not value or (found is not None and 1 <= int(found[2]) <= 65535 and found[1] not in ("0.0.0.0", "*"))  # noqa: S104
+    return "" if good else "'' or tcp://HOST:PORT, an address of this machine that the others reach"
 
 
 def _node_name(value: str) -> str:
@@ -91,7 +91,7 @@ class Config:
     gateways: int = _setting(1, "gateway processes sharing the port", _between(1, 64))
     invokers: int = _setting(1, "invokers on this machine", _between(0, 64))
     listen: str = _setting(
-        "", "endpoint for other machines, tcp://HOST:PORT: nodes join there; a joined node is reached there", _listen
+        "", "endpoint for other machines, tcp://HOST:PORT: nodes join there, and find it in their join token", _listen
     )
     memory_mb: int = _setting(0, "MiB for all functions of this machine; 0: 80 % of it", _memory)
     dram_mb: int = _setting(

@@ -21,7 +21,7 @@ from sllm_faas.config import Config
 from sllm_faas.errors import SllmError, to_info
 from sllm_faas.wire.bus import CurveKeys, Parts
 from sllm_faas.wire.codec import Frame
-from sllm_faas.wire.curve import Admission, JoinToken
+from sllm_faas.wire.curve import Admission, JoinToken, load_or_create
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import (
     BundleGet,
@@ -30,12 +30,12 @@ from sllm_faas.wire.messages import (
     Ingest,
     Ingested,
     InstanceReport,
+    Keys,
     Migrated,
     NodeInfo,
     NodeStats,
     Progress,
     Request,
-    Welcome,
 )
 from sllm_invoker import node
 from sllm_invoker.bundles import Bundles
@@ -46,6 +46,7 @@ from sllm_invoker.containers import tree
 from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.process import ProcessRuntime
 from sllm_invoker.containers.zygote import ENTRY, become_subreaper
+from sllm_invoker.entrances import GATEWAYS, INVOKERS
 from sllm_invoker.ingests import Ingests
 from sllm_invoker.instances import Instances
 from sllm_invoker.logs import LogBook
@@ -81,7 +82,8 @@ class Agent:
         self._entry = entry
         self._log = logging.get("invoker").bind(node=name)
         self._token = JoinToken.decode(config.join) if config.join else None
-        self._gateway_keys: frozenset[str] = frozenset()
+        self._public_key = ""
+        self._known = Keys()
         self._admission: Admission | None = None
         self._stats: NodeStats | None = None
         self._digests: tuple[str, ...] = ()
@@ -115,7 +117,12 @@ class Agent:
         events = RelayEvents(
             self._from_container, self._on_request, self._on_cancel, self._on_kill, self._on_drain, self._migrated
         )  # fmt: skip
-        self.relay = Relay(core, self._endpoint(), events, life=self.life, keys=self._keys())
+        keys = self._keys()
+        if keys is not None:
+            self._public_key = keys.public
+            self._admit()
+        endpoint, neighbours = self._endpoints()
+        self.relay = Relay(core, endpoint, events, life=self.life, neighbours=neighbours, keys=keys)
         self.instances = Instances(place, self.relay, self._report)
         self.checks = Checks(place, self.relay, self._checked, self._progress)
         self.requests = Requests(self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave)
@@ -130,7 +137,7 @@ class Agent:
             self._hello,
             self._command,
             self._welcomed,
-            keys=self._keys(),
+            keys=keys,
             server_key=self._token.server_key if self._token else "",
         )
         self._tick()
@@ -175,18 +182,30 @@ class Agent:
     # -- endpoints -------------------------------------------------------------------------------------------
 
     def _keys(self) -> CurveKeys | None:
-        return self._token.keys if self._token else None
+        """A joined node has those of its token; those of the platform's own machine share one pair, if it listens."""
+        if self._token is not None:
+            return self._token.keys
+        return load_or_create(self.config.keys_dir, "invoker") if self.config.listen else None
 
-    def _endpoint(self) -> str:
-        """Where gateways connect: a socket beside the controller's, or this machine's address over TCP."""
-        if self._token is None:
-            return self.config.node_endpoint(self.name)
-        self._admission = Admission(lambda key: key in self._gateway_keys)
+    def _admit(self) -> None:
+        """Let in over TCP whom the controller names, and before it has nobody."""
+        allow = {
+            GATEWAYS: lambda key: key in self._known.gateways,
+            INVOKERS: lambda key: key in self._known.invokers,
+        }
+        self._admission = Admission(allow, later=True)
         self._admission.start()
-        return f"tcp://{node.address_towards(self._token.endpoint)}:*"
 
-    def _welcomed(self, welcome: Welcome) -> None:
-        self._gateway_keys = frozenset(welcome.gateway_keys)
+    def _endpoints(self) -> tuple[str, str]:
+        """Where gateways connect, a socket beside the controller's or this machine's address over TCP, and where
+        invokers of other machines do, if there may be any."""
+        if self._token is not None:
+            here = f"tcp://{node.address_towards(self._token.endpoint)}:*"
+            return here, here
+        listen = self.config.listen
+        return self.config.node_endpoint(self.name), f"{listen.rsplit(':', 1)[0]}:*" if listen else ""
+
+    def _welcomed(self) -> None:
         self._give_notice()
         self._stats = None  # a controller that was restarted has not heard them
 
@@ -196,11 +215,12 @@ class Agent:
         info = NodeInfo(
             self.name,
             self.relay.endpoint,
-            self._token.public if self._token else "",
+            self._public_key,
             self.config.node_memory_mb,
             node.cores(),
             checkpoints=self._digests,
             host=node.host(),
+            neighbour_endpoint=self.relay.neighbour_endpoint,
         )
         return Hello("invoker", self.name, self.life, os.getpid(), info, self.instances.reports())
 
@@ -252,6 +272,8 @@ class Agent:
             case Type.STOP:
                 if not self.instances.stop(frame.body):
                     self._log.info("stop_of_unknown_instance", instance=frame.body.instance)
+            case Type.KEYS:
+                self._known = frame.body
             case Type.MIGRATE:
                 self.relay.migrate(frame.body)
             case Type.CHECK:

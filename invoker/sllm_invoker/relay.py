@@ -1,4 +1,5 @@
-"""The data plane of a node: gateways on a ROUTER, each container on a socket of its own, `relay_core` between them.
+"""The data plane of a node: gateways and other invokers at its entrances, each container on a socket of its own,
+`relay_core` between them.
 
 Carries out what the core decides, keeps the heartbeat with the gateways, and hands what is not an invocation
 (container READY, LOG …; gateway REQUEST) to its owner. Invariant: no frame, however bad, raises out of here, and no
@@ -18,12 +19,13 @@ from functools import partial
 from sllm_faas import logging
 from sllm_faas.errors import SllmError, WireError
 from sllm_faas.spec import Timeline
-from sllm_faas.wire.bus import CurveKeys, Parts, PeerBusy, PeerGone, Router
+from sllm_faas.wire.bus import CurveKeys, Parts, PeerBusy, PeerGone
 from sllm_faas.wire.codec import decode_body, encode
 from sllm_faas.wire.header import Header, Type, unpack
 from sllm_faas.wire.liveness import INTERVAL, Liveness
-from sllm_faas.wire.messages import Hello, InstanceState, Migrate, Migrated, Reply, Request, Welcome
+from sllm_faas.wire.messages import InstanceState, Migrate, Migrated, MoveResult, Reply, Request, Welcome
 from sllm_faas.wire.stream import BadStream, Stream, fits
+from sllm_invoker.entrances import Entrances
 from sllm_invoker.neighbours import Neighbours
 from sllm_invoker.relay_core import Action, Drain, Instance, Kill, RelayCore, Report, Send
 
@@ -61,8 +63,10 @@ class Relay:
         events: RelayEvents,
         *,
         life: str,
+        neighbours: str = "",
         keys: CurveKeys | None = None,
     ) -> None:
+        """Gateways connect to `endpoint`, invokers of other machines to `neighbours`, if it is not empty."""
         self.core = core
         self._events = events
         self._life = life
@@ -74,12 +78,13 @@ class Relay:
         self._quiet: asyncio.Event | None = None
         """Somebody waits until the core is quiet."""
         self._beat = 0.0
-        self._gateways = Router(endpoint, self._from_gateway, keys=keys, on_gone=self._gone)
+        self._entrances = Entrances(endpoint, neighbours, self._from_gateway, self._gone, keys=keys)
         self._neighbours = Neighbours(core.node, life, self._from_node, self._node_lost, keys=keys)
         self._sources: set[bytes] = set()
         """Invokers that move something here."""
         self._containers: dict[bytes, Stream] = {}
-        self.endpoint = self._gateways.endpoint
+        self.endpoint = self._entrances.endpoint
+        self.neighbour_endpoint = self._entrances.neighbour_endpoint
         self._timer = self._loop.call_later(TICK, self._tick)
 
     async def quiesce(self, seconds: float) -> None:
@@ -102,7 +107,7 @@ class Relay:
         """Part, and close all sockets."""
         self._timer.cancel()
         self.part()
-        self._gateways.close()
+        self._entrances.close()
         self._neighbours.close()
         for stream in self._containers.values():
             stream.close()
@@ -137,7 +142,8 @@ class Relay:
             self._neighbours.open(order.node, order.endpoint, order.curve_key)
         except SllmError as error:
             self._log.warning("migrate_refused", node=order.node, error=error.message)
-            self._events.migrated(Migrated(order.migration, order.instance))
+            kept = (MoveResult(key, "kept", error.message) for key in order.invocations)
+            self._events.migrated(Migrated(order.migration, order.instance, tuple(kept)))
             return
         self._perform(self.core.migrate(order, self._loop.time()))
 
@@ -195,15 +201,15 @@ class Relay:
         kind = header.type
         if kind is Type.HEARTBEAT:
             return
-        if kind is Type.WANT:
-            self.core.want(peer, header, max(0, decode_body(kind, parts[0]).slots))
-        elif kind is Type.CANCEL and header.id not in self.core.flights and self._events.cancel(header.id):
-            return
-        elif peer in self._sources:
+        if peer in self._sources:
             if kind is Type.BYE:
                 self._source_lost(peer)
             else:
                 self._perform(self.core.from_source(peer, header, parts, self._loop.time()))
+        elif kind is Type.WANT:
+            self.core.want(peer, header, max(0, decode_body(kind, parts[0]).slots))
+        elif kind is Type.CANCEL and header.id not in self.core.flights and self._events.cancel(header.id):
+            return
         elif kind is Type.BYE:
             self._liveness.forget(peer)
             self._perform(self.core.gateway_left(peer, self._loop.time()))
@@ -216,13 +222,13 @@ class Relay:
         def answer(reply: Reply) -> None:
             if peer not in self._liveness:
                 raise PeerGone(f"gateway {peer.decode(errors='replace')} is gone")
-            self._gateways.send(peer, encode(header._replace(type=Type.REPLY), reply))
+            self._entrances.send(peer, encode(header._replace(type=Type.REPLY), reply))
 
         return answer
 
     def _joined(self, peer: bytes, parts: Parts) -> None:
         hello = decode_body(Type.HELLO, parts[0])
-        if not isinstance(hello, Hello) or hello.role not in ("gateway", "invoker"):
+        if not self._entrances.may_be(peer, hello.role):
             self.core.dropped["not_a_gateway"] += 1
             return
         now = self._loop.time()
@@ -240,7 +246,7 @@ class Relay:
     def _source_lost(self, peer: bytes) -> None:
         self._sources.discard(peer)
         self._liveness.forget(peer)
-        self._gateways.forget(peer)
+        self._entrances.forget(peer)
         self.core.source_lost(peer, self._loop.time())
 
     def _lost(self, peer: bytes) -> None:
@@ -248,7 +254,7 @@ class Relay:
             self._source_lost(peer)
             return
         self._liveness.forget(peer)
-        self._gateways.forget(peer)
+        self._entrances.forget(peer)
         self._log.warning("gateway_lost", gateway=peer.decode(errors="replace"))
         self._perform(self.core.gateway_lost(peer, self._loop.time()))
         self._settle_soon()
@@ -300,7 +306,7 @@ class Relay:
 
     def _send_gateway(self, peer: bytes, parts: Parts) -> None:
         try:
-            self._gateways.send(peer, parts)
+            self._entrances.send(peer, parts)
         except (PeerGone, PeerBusy):
             self._gone(peer)
 

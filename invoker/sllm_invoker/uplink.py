@@ -34,7 +34,7 @@ class Uplink:
         life: str,
         hello: Callable[[], Hello],
         on_frame: Callable[[Frame], None],
-        on_welcome: Callable[[Welcome], None],
+        on_welcome: Callable[[], None],
         *,
         keys: CurveKeys | None = None,
         server_key: str = "",
@@ -100,7 +100,7 @@ class Uplink:
             self._log.info("controller_up", life=welcome.life)
         self._controller = welcome.life
         self.first.set()
-        self._on_welcome(welcome)
+        self._on_welcome()
 
     def _down(self) -> None:
         if self.up:

@@ -21,7 +21,7 @@ from sllm_faas.errors import BadRequest, Conflict, SllmError
 from sllm_faas.spec import check_app_name
 from sllm_faas.wire.bus import CurveKeys
 from sllm_faas.wire.curve import JoinToken, load_or_create
-from sllm_faas.wire.messages import TokenEntry
+from sllm_faas.wire.messages import Keys, TokenEntry
 
 if TYPE_CHECKING:
     from sllm_faas.controller.service import Controller
@@ -121,6 +121,7 @@ class Access:
         await self.controller.write(lambda: self.controller.store.revoke_join_token(body.key))
         join = self._joins[body.key]
         self._joins[body.key] = StoredJoin(join.key, join.created, join.expires, join.used, True)
+        self.controller.tell_keys()
         return {"key": body.key, "revoked": True}
 
     def admits(self, key: str) -> bool:
@@ -130,6 +131,7 @@ class Access:
             return False
         if join.used is None:
             self._joins[key] = StoredJoin(join.key, join.created, join.expires, now)
+            self.controller.tell_keys()
             self.controller.spawn(self._note_use(key, now))
         return True
 
@@ -137,9 +139,13 @@ class Access:
         with contextlib.suppress(SllmError):
             await self.controller.write(lambda: self.controller.store.use_join_token(key, now))
 
-    def gateway_keys(self) -> tuple[str, ...]:
-        """Public keys of the gateways, which invokers are to let in: one pair for all gateways of a platform."""
-        return (load_or_create(self.controller.config.keys_dir, "gateway").public,)
+    def keys(self) -> Keys:
+        """Whom invokers are to let in over TCP. One pair is all gateways' of a platform and one all its own machine's
+        invokers'; a joined node's is the one that it proved here, not the one that it says it has."""
+        folder = self.controller.config.keys_dir
+        joined = (join.key for join in self._joins.values() if join.used is not None and not join.revoked)
+        invokers = (load_or_create(folder, "invoker").public, *joined)
+        return Keys((load_or_create(folder, "gateway").public,), invokers)
 
 
 def check_name(app: str) -> None:

@@ -272,7 +272,7 @@ class Migrations:
             move.tries = 0  # those were for room
         self._change(move, "sent")
         self.state.migrations += 1
-        info = self.state.nodes[to.node].info
+        endpoint, key = self.state.nodes[to.node].info.reached_from(self.state.nodes[source.node].info)
         function = f"{source.target.app}/{source.target.function}"
         move.id = f"mig-{self.state.life}-{self.state.migrations}"
         move.to = to.id
@@ -282,10 +282,10 @@ class Migrations:
             migration=move.id,
             instance=source.id,
             node=to.node,
-            endpoint=info.endpoint,
+            endpoint=endpoint,
             to=to.id,
             number=to.number,
-            curve_key=info.curve_key,
+            curve_key=key,
             invocations=tuple(move.invocations),
         )
         self.ledger.emit(SendMigrate(source.node, body))

@@ -33,7 +33,7 @@ from sllm_faas.controller.store import Store
 from sllm_faas.errors import IllegalTransition, PlatformError, SllmError, WireError, to_info
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts, Router
-from sllm_faas.wire.curve import Admission, load_or_create
+from sllm_faas.wire.curve import DOMAIN, Admission, load_or_create
 from sllm_faas.wire.header import Header, Type, unpack
 from sllm_faas.wire.liveness import INTERVAL
 from sllm_faas.wire.messages import (
@@ -118,7 +118,7 @@ class Controller:
             self.routes.set_node(node.info)
         self._listen(self.config.controller_endpoint, tcp=False)
         if self.config.listen:
-            self._admission = Admission(self.admin.access.admits)
+            self._admission = Admission({DOMAIN: self.admin.access.admits})
             self._admission.start()
             self._listen(self.config.listen, tcp=True)
         self._beat()
@@ -424,13 +424,13 @@ class Controller:
             self.admin.peer_gone(before)
             if before.role == "gateway":
                 self.feed(ev.GatewayLost(before.name, before.life))
-        keys = self.admin.access.gateway_keys() if hello.role == "invoker" and self.config.listen else ()
-        peer.send(codec.encode(Header(Type.WELCOME), Welcome(self.name, self.life, INTERVAL, keys)))
+        peer.send(codec.encode(Header(Type.WELCOME), Welcome(self.name, self.life, INTERVAL)))
         self.log.info("hello", peer=hello.name, role=hello.role, instances=len(hello.instances))
         if hello.role == "gateway":
             self.feed(ev.GatewayUp(hello.name, hello.life))
             peer.send(codec.encode(Header(Type.ROUTES), self.routes.whole()))
         elif node is not None:
+            self.tell_keys(peer)
             cordoned = node.name in self.admin.cordoned
             self.feed(ev.NodeUp(node, hello.life, hello.instances, cordoned))
             self.spawn(self._best_effort(lambda: self.store.save_node(node.name, cordoned=cordoned, info=node)))
@@ -444,8 +444,10 @@ class Controller:
             return f"role {hello.role} is not for this endpoint"
         if hello.role == "invoker" and (node is None or node.name != hello.name):
             return "an invoker names its node"
-        if remote and node is not None and not (node.endpoint.startswith("tcp://") and node.curve_key):
-            return f"a node of another machine is reached by tcp:// and a key, not by {node.endpoint[:100]!r}"
+        if remote and node is not None:
+            for endpoint in (node.endpoint, node.neighbour_endpoint or node.endpoint):
+                if not (endpoint.startswith("tcp://") and node.curve_key):
+                    return f"a node of another machine is reached by tcp:// and a key, not by {endpoint[:100]!r}"
         known = self.peers.get(hello.role, hello.name)
         if known is not None and known.router is not router:
             return f"{hello.name} is connected by another way"
@@ -488,6 +490,13 @@ class Controller:
         total, data = await asyncio.to_thread(self.bundles.part, wanted.digest, wanted.offset)
         body = BundlePart(wanted.digest, wanted.offset, total)
         peer.send(codec.encode(Header(Type.BUNDLE_PART, identity), body, data))
+
+    def tell_keys(self, *peers: Peer) -> None:
+        """Whom to let in, to these invokers or to all."""
+        if self.config.listen:
+            parts = codec.encode(Header(Type.KEYS), self.admin.access.keys())
+            for peer in peers or self.peers.of_role("invoker"):
+                peer.send(parts)
 
     def _publish(self, delta: RoutesDelta) -> None:
         parts = codec.encode(Header(Type.ROUTES_DELTA), delta)

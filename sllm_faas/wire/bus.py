@@ -11,7 +11,8 @@ than a message), or it raises `PeerGone` / `PeerBusy`; everything readable is dr
 descriptor is edge-triggered: stopping early would lose the wake-up), at most `BURST` messages before other callbacks
 get their turn.
 
-Over TCP every socket is CURVE, and a Router lets in only the keys its `allow` predicate names.
+Over TCP every socket is CURVE, and a Router lets in only the keys that `curve.Admission` allows in its domain; over ipc
+none is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from sllm_faas.wire.peers import Parts, PeerBusy, PeerGone
 HIGH_WATER = 10_000
 OUTBOX = 20_000
 BURST = 256
+HANDSHAKE_MS = 2000
+"""A connection that is not let in by then is closed; ZeroMQ leaves one that was put off (`curve.Admission`) open till
+then."""
 _RETRY = 0.002
 
 __all__ = ["CurveKeys", "Dealer", "Parts", "PeerBusy", "PeerGone", "Router", "check_endpoint"]
@@ -197,7 +201,7 @@ class Dealer(_Socket):
         self._zmq.setsockopt(zmq.IDENTITY, identity)
         self._zmq.setsockopt(zmq.RECONNECT_IVL, 50)
         self._zmq.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if keys and server_key:
+        if keys and endpoint.startswith("tcp://"):
             self._zmq.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
             self._zmq.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
             self._zmq.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
@@ -230,7 +234,8 @@ class Dealer(_Socket):
 class Router(_Socket):
     """The binding end. Peers are named by the identity they connected with.
 
-    `on_gone(peer)` is called when there turns out to be no peer to send to."""
+    `on_gone(peer)` is called when there turns out to be no peer to send to. `domain` says who is asked for whom it lets
+    in over TCP."""
 
     def __init__(
         self,
@@ -239,6 +244,7 @@ class Router(_Socket):
         *,
         on_gone: Callable[[bytes], None] = lambda _: None,
         keys: CurveKeys | None = None,
+        domain: str = "sllm",
         mode: int = 0o700,
     ) -> None:
         check_endpoint(endpoint, keys is not None)
@@ -248,11 +254,12 @@ class Router(_Socket):
         self._outbox: dict[bytes, deque[Parts]] = {}
         self._zmq.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._zmq.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        if keys:
+        if keys and endpoint.startswith("tcp://"):
             self._zmq.setsockopt(zmq.CURVE_SERVER, 1)
             self._zmq.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
             self._zmq.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
-            self._zmq.setsockopt(zmq.ZAP_DOMAIN, b"sllm")
+            self._zmq.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
+            self._zmq.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         try:
             self._zmq.bind(endpoint)
         except zmq.ZMQError as error:

@@ -2,7 +2,7 @@
 
     join token   sllmjoin_ + base64url JSON {endpoint, server_key, public, secret, expires}: all a node needs to reach
                  the controller and to be known by it. Its key stays the node's key; it is the node's server key, too.
-    admission    a Router's CURVE handshake asks the ZAP handler, which asks `allow(public key)`.
+    admission    a Router's CURVE handshake asks the ZAP handler, which asks the `allow(public key)` of its domain.
 
 Covered: who cannot prove a key that `allow` names gets no frame in or out, and everything is encrypted. Not covered:
 what an admitted node may then say (its role is checked by the controller).
@@ -17,7 +17,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from sllm_faas.wire.bus import CurveKeys
 
 PREFIX = "sllmjoin_"
 DOMAIN = "sllm"
-"""The ZAP domain that `bus.Router` names."""
+"""The ZAP domain that `bus.Router` names by itself."""
 _Z85 = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -120,22 +120,24 @@ class JoinToken:
 class Admission:
     """The ZAP handler of this process: one for all its CURVE sockets. `start` before a Router binds, then `stop`.
 
-    `allow(key)` says whether the client with that public key (Z85) may come in; it is asked at every handshake, also
-    at reconnects, so a revoked key is out as soon as its connection breaks."""
+    `allow` says by domain whether the client with a public key (Z85) may come in; it is asked at every handshake, also
+    at reconnects, so a revoked key is out as soon as its connection breaks. Who is not let in is told so and does not
+    try again; with `later` it does, because it may only be early: we have not been told of its key yet."""
 
-    def __init__(self, allow: Callable[[str], bool]) -> None:
+    def __init__(self, allow: Mapping[str, Callable[[str], bool]], *, later: bool = False) -> None:
         self._allow = allow
         self.refused = 0
-        self._handler = AsyncioAuthenticator(zmq.Context.instance())
+        self._handler = _Handler(later=later)
 
     def start(self) -> None:
         self._handler.start()
-        self._handler.configure_curve_callback(DOMAIN, self)
+        for domain in self._allow:
+            self._handler.configure_curve_callback(domain, self)
 
-    def callback(self, _domain: str, key: bytes) -> bool:
+    def callback(self, domain: str, key: bytes) -> bool:
         """Called by the handler, with the key in Z85."""
         try:
-            allowed = self._allow(key.decode("ascii"))
+            allowed = self._allow[domain](key.decode("ascii"))
         except UnicodeDecodeError:
             allowed = False
         self.refused += not allowed
@@ -145,3 +147,16 @@ class Admission:
         # Closing alone frees the address only when the socket's thread comes to it.
         self._handler.zap_socket.unbind("inproc://zeromq.zap.01")
         self._handler.stop()
+
+
+class _Handler(AsyncioAuthenticator):  # type: ignore[misc]  # it has no types
+    def __init__(self, *, later: bool) -> None:
+        super().__init__(zmq.Context.instance())
+        self._refusal = b"300" if later else b"400"
+        """A temporary failure is a closed connection to the client, and it comes again (ZeroMQ RFC 27)."""
+
+    def _send_zap_reply(
+        self, request_id: bytes, status_code: bytes, status_text: bytes, user_id: str = "anonymous"
+    ) -> None:
+        code = self._refusal if status_code == b"400" else status_code
+        super()._send_zap_reply(request_id, code, status_text, user_id)

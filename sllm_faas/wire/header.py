@@ -82,6 +82,7 @@ class Type(IntEnum):
     MIGRATE = 59  # controller -> source invoker
     MIGRATED = 60  # source invoker -> controller
     LEAVING = 61  # invoker -> controller: (no body) the node was given notice; take from it what runs
+    KEYS = 62  # controller -> invoker: the public keys to be let in, after WELCOME and whenever they change
 
     # controller <-> gateway
     ROUTES = 64  # the whole table

@@ -56,7 +56,9 @@ class InstanceReport:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """Resources of a node. `endpoint` is where gateways connect; `curve_key` its public key over TCP."""
+    """Resources of a node. `endpoint` is where gateways connect, and the invokers beside it on its machine;
+    `neighbour_endpoint` where those of other machines do (empty: they cannot). `curve_key` is its public key over TCP.
+    """
 
     name: str
     endpoint: str
@@ -71,6 +73,18 @@ class NodeInfo:
     """Digests of the objects on its disk."""
     host: str = ""
     """The machine it is on, where that is known: nodes of one machine share its cores and disk."""
+    neighbour_endpoint: str = ""
+
+    @property
+    def joined(self) -> bool:
+        """Whether it is reached over TCP alone."""
+        return self.endpoint.startswith("tcp://")
+
+    def reached_from(self, other: NodeInfo) -> tuple[str, str]:
+        """Where the invoker of `other` connects to this one, and the public key that it finds there ("": no TCP)."""
+        if self.joined or other.joined:
+            return self.neighbour_endpoint, self.curve_key
+        return self.endpoint, ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +101,11 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The answer to Hello. Over TCP it carries the public keys of the gateways to be let in."""
+    """The answer to Hello."""
 
     name: str
     life: str
     heartbeat: float = 1.0
-    gateway_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +207,7 @@ class Adopted:
 
     status: Literal["found", "unknown", "owned", "gone"]
     invoke: bytes = b""
-    """The original Invoke body (without out-of-band buffers), for its context."""
+    """The original Invoke body; its out-of-band buffers are those of this frame."""
     target: Target | None = None
     instance: str = ""
 
@@ -230,6 +243,14 @@ class Activate:
 
 
 # -- controller and invoker ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Public keys of everybody whom an invoker lets in over TCP, by what they may be: absolute."""
+
+    gateways: tuple[str, ...] = ()
+    invokers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,6 +524,7 @@ BODIES: dict[Type, type] = {
     Type.ACTIVATE: Activate,
     Type.MIGRATE: Migrate,
     Type.MIGRATED: Migrated,
+    Type.KEYS: Keys,
     Type.START: Start,
     Type.STOP: Stop,
     Type.CHECK: Check,

@@ -17,9 +17,9 @@ from sllm_faas.config import Config
 from sllm_faas.controller.service import Controller
 from sllm_faas.errors import BadRequest, BadSpec, Conflict, Forbidden
 from sllm_faas.wire.bus import CurveKeys, Dealer, Router
-from sllm_faas.wire.curve import Admission, JoinToken, load, load_or_create, public_of
+from sllm_faas.wire.curve import DOMAIN, Admission, JoinToken, load, load_or_create, public_of
 from sllm_faas.wire.header import Type
-from sllm_faas.wire.messages import Hello, NodeInfo
+from sllm_faas.wire.messages import Hello, Keys, NodeInfo
 from tests.controller.fakes import Gateway, Invoker
 
 WAIT = 10.0
@@ -58,7 +58,7 @@ async def handshake(endpoint: str, keys: CurveKeys | None, server_key: str) -> b
 @pytest.fixture
 async def admission():
     allowed: set[str] = set()
-    handler = Admission(allowed.__contains__)
+    handler = Admission({DOMAIN: allowed.__contains__})
     handler.start()
     handler.allowed = allowed  # type: ignore[attr-defined]
     yield handler
@@ -188,6 +188,38 @@ async def test_a_public_key_alone_is_not_enough(server, admission):
     assert not await handshake(endpoint, CurveKeys(admitted.public, CurveKeys.generate().secret), server_key)
 
 
+async def test_who_is_early_comes_in_once_its_key_is_known():
+    """A link is opened when its other end may not have been told of it yet; nobody opens it again."""
+    allowed: set[str] = set()
+    handler = Admission({DOMAIN: allowed.__contains__}, later=True)
+    handler.start()
+    server, early = CurveKeys.generate(), CurveKeys.generate()
+    seen: asyncio.Queue[list[bytes]] = asyncio.Queue()
+    router = Router("tcp://127.0.0.1:*", lambda _peer, parts: seen.put_nowait(parts), keys=server)
+    assert not await handshake(router.endpoint, early, server.public)
+    dealer = Dealer(router.endpoint, b"node", lambda _parts: None, keys=early, server_key=server.public)
+    dealer.send([b"hello"])
+    assert not await handshake(router.endpoint, early, server.public)
+    allowed.add(early.public)
+    async with asyncio.timeout(WAIT):
+        assert await seen.get() == [b"hello"]
+    for part in (dealer, router, handler):
+        part.stop() if part is handler else part.close()
+
+
+async def test_a_key_opens_the_domain_it_is_for_and_no_other():
+    keys = {name: CurveKeys.generate() for name in ("a", "b")}
+    handler = Admission({name: pair.public.__eq__ for name, pair in keys.items()})
+    handler.start()
+    server = CurveKeys.generate()
+    for name in keys:
+        router = Router("tcp://127.0.0.1:*", lambda _peer, _parts: None, keys=server, domain=name)
+        let_in = {other for other in keys if await handshake(router.endpoint, keys[other], server.public)}
+        assert let_in == {name}
+        router.close()
+    handler.stop()
+
+
 async def test_a_revoked_key_is_out_at_its_next_handshake(server, admission):
     endpoint, server_key, _ = server
     keys = CurveKeys.generate()
@@ -237,16 +269,34 @@ def hello(name: str) -> Hello:
     return Hello("invoker", name, "life-1", node=NodeInfo(name, "tcp://10.0.0.9:9000", curve_key="k", memory_mb=100))
 
 
-async def test_a_node_joins_with_its_token_and_learns_the_gateways_key(listening, local, config):
+async def test_a_node_joins_with_its_token_and_learns_whom_to_let_in(listening, local, config):
     made = JoinToken.decode((await local.call("join.create", expires_in=60.0))["token"])
     with joining(made) as node:
         node.send(Type.HELLO, hello("node-9"))
-        welcome = (await node.expect(Type.WELCOME)).body
-    assert welcome.gateway_keys == (load(config.keys_dir / "gateway.key").public,)
+        await node.expect(Type.WELCOME)
+        keys = (await node.expect(Type.KEYS)).body
+    ours = [load(config.keys_dir / f"{name}.key").public for name in ("gateway", "invoker")]
+    assert keys == Keys((ours[0],), (ours[1], made.public))
     assert [n["name"] for n in (await local.call("node.list"))["nodes"]] == ["node-9"]
     (listed,) = (await local.call("join.list"))["tokens"]
     assert listed["used"] is not None
     assert made.secret not in str(listed)
+
+
+async def test_every_invoker_is_told_when_another_joins_and_when_one_is_thrown_out(listening, local):
+    """By the key that was proved, and neither by one that is only claimed nor by one that was never used."""
+    near = Invoker(listening.endpoints[0], "invoker", "node-0")
+    await near.hello()
+    before = (await near.expect(Type.KEYS)).body
+    made = JoinToken.decode((await local.call("join.create"))["token"])
+    await local.call("join.create")
+    with joining(made) as node:
+        node.send(Type.HELLO, hello("node-9"))
+        await node.expect(Type.WELCOME)
+    assert (await near.expect(Type.KEYS)).body.invokers == (*before.invokers, made.public)
+    await local.call("join.revoke", key=made.public)
+    assert (await near.expect(Type.KEYS)).body == before
+    near.close()
 
 
 async def test_a_revoked_join_token_lets_nobody_in(listening, local):
@@ -299,10 +349,17 @@ async def test_two_machines_of_one_name_do_not_throw_each_other_out(listening, l
         assert node["life"] == "life-1"
 
 
-async def test_a_remote_node_that_names_a_local_socket_is_refused(listening, local):
+@pytest.mark.parametrize(
+    "endpoints",
+    [
+        {"endpoint": "ipc:///etc/passwd"},
+        {"endpoint": "tcp://10.0.0.9:9000", "neighbour_endpoint": "ipc:///etc/passwd"},
+    ],
+)
+async def test_a_remote_node_that_names_a_local_socket_is_refused(listening, local, endpoints):
     made = JoinToken.decode((await local.call("join.create"))["token"])
     with joining(made) as node:
-        bad = NodeInfo("node-9", "ipc:///etc/passwd", curve_key="k")
+        bad = NodeInfo("node-9", **endpoints, curve_key="k")
         node.send(Type.HELLO, dataclasses.replace(hello("node-9"), node=bad))
         node.send(Type.HEARTBEAT)
         await node.expect(Type.BYE)

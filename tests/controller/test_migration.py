@@ -333,3 +333,27 @@ def test_moves_of_one_length_teach_the_whole_and_no_slope():
     assert move_times.seconds(book, "a/f", 400) == pytest.approx(0.5)
     assert move_times.seconds(book, "a/f", 4000) > 0.5
     assert min(move_times.constants(book, "a/f")) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("joined", "endpoint", "key"),
+    [
+        ((False, False), "ipc:///b", ""),
+        ((True, False), "tcp://b:2", "key-b"),
+        ((False, True), "tcp://b:2", "key-b"),
+        ((True, True), "tcp://b:2", "key-b"),
+    ],
+)
+def test_a_source_is_told_where_it_reaches_the_destination_and_by_which_key(
+    joined: tuple[bool, bool], endpoint: str, key: str
+) -> None:
+    made = world("a")
+    made.nodes["a"].joined = joined[0]
+    made.hello("a")
+    source = serve(made, SMALL)
+    made.nodes["b"] = ModelNode("b", 1000, joined=joined[1])
+    made.hello("b")
+    made.feed(ev.MigrationAsked(source, "b", ("00" * 16,), "r-1"))
+    start(made)
+    (move,) = moves(made)
+    assert (move.body.endpoint, move.body.curve_key) == (endpoint, key)

@@ -25,9 +25,15 @@ class ModelNode:
     connected: bool = False
     reports: dict[str, InstanceReport] = field(default_factory=dict)
     numbers: int = 0
+    joined: bool = False
+    """It is on another machine."""
 
     def info(self) -> NodeInfo:
-        return NodeInfo(self.name, f"ipc:///{self.name}", memory_mb=self.memory_mb)
+        here, tcp = f"ipc:///{self.name}", f"tcp://{self.name}"
+        return NodeInfo(
+            self.name, f"{tcp}:1" if self.joined else here, f"key-{self.name}", self.memory_mb,
+            neighbour_endpoint=f"{tcp}:2",
+        )  # fmt: skip
 
 
 @dataclass

@@ -1,42 +1,79 @@
-"""A node that joins over TCP: its keys come with the token, and invocations reach it."""
+"""A node that joins over TCP: its keys come with the token, and invocations reach it, anew or in their middle."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import test_kills as kills
 from tests.e2e.conftest import EXAMPLES, Platform, eventually, free_port, platform_at
 
 pytestmark = pytest.mark.e2e
 ZOO = Path(__file__).parent / "apps/zoo/zoo.py"
+LENGTH = 4000
 
 
-def test_functions_and_models_are_served_by_a_node_that_joined_with_a_token() -> None:
+class Strides(kills.Strides):
+    """Long enough to go there and back."""
+
+    def read(self) -> None:
+        url = f"{self.platform.url}/v1/functions/zoo/{self.function}"
+        self._follow("POST", url, json={"n": LENGTH, "period": 0.005})
+
+    @property
+    def whole(self) -> bool:
+        return self.end == "done" and self.values == list(range(LENGTH)) == self.ids
+
+
+@contextlib.contextmanager
+def joined(state: Path, invokers: int) -> Iterator[Platform]:
+    """A platform with so many invokers of its own, and the node `far` that joined it over TCP."""
     listen = f"tcp://127.0.0.1:{free_port()}"
-    with (
-        tempfile.TemporaryDirectory(prefix="sllm-join-") as state,
-        platform_at(Path(state) / "main", "--invokers", "0", "--listen", listen) as main,
-    ):
+    with platform_at(state / "main", "--invokers", str(invokers), "--listen", listen) as main:
         token = main.sllm("join-token").strip().splitlines()[-1]
-        env = {**os.environ, "SLLM_STATE_DIR": f"{state}/node", "NO_COLOR": "1"}
-        node = Platform(Path(state) / "node", 0, env)
+        env = {**os.environ, "SLLM_STATE_DIR": str(state / "node"), "NO_COLOR": "1"}
+        node = Platform(state / "node", 0, env)
         try:
             node.sllm("invoker", "--join", token, "--node-name", "far", "--daemon")
-            eventually(lambda: [each for each in main.json("node", "list") if each["state"] == "up"])
-            main.sllm("deploy", str(ZOO))
-            answer = main.call("zoo/add", {"a": 40, "b": 2})
-            assert (answer.status_code, answer.text) == (200, "42")
-            assert main.call("zoo/counter", {"n": 3}, headers={"Accept": "application/json"}).json() == [0, 1, 2]
-            assert {row["node"] for row in main.json("ps")} == {"far"}
-            main.sllm("deploy", "--model", str(EXAMPLES / "counting/model"), "--name", "counting")
-            body = {"model": "counting", "prompt": "1 2 3", "max_tokens": 3, "temperature": 0}
-            assert main.post("/v1/completions", body).json()["choices"][0]["text"] == " 4 5 6"
+            up = invokers + 1
+            eventually(lambda: [each["state"] for each in main.json("node", "list")] == ["up"] * up)
+            yield main
         finally:
             node.run("down")
         assert node.processes() == []
+
+
+def test_functions_and_models_are_served_by_a_node_that_joined_with_a_token() -> None:
+    with tempfile.TemporaryDirectory(prefix="sllm-join-") as state, joined(Path(state), 0) as main:
+        main.sllm("deploy", str(ZOO))
+        answer = main.call("zoo/add", {"a": 40, "b": 2})
+        assert (answer.status_code, answer.text) == (200, "42")
+        assert main.call("zoo/counter", {"n": 3}, headers={"Accept": "application/json"}).json() == [0, 1, 2]
+        assert {row["node"] for row in main.json("ps")} == {"far"}
+        main.sllm("deploy", "--model", str(EXAMPLES / "counting/model"), "--name", "counting")
+        body = {"model": "counting", "prompt": "1 2 3", "max_tokens": 3, "temperature": 0}
+        assert main.post("/v1/completions", body).json()["choices"][0]["text"] == " 4 5 6"
+
+
+def test_a_stream_moves_to_a_joined_node_and_back() -> None:
+    with tempfile.TemporaryDirectory(prefix="sllm-join-") as state, joined(Path(state), 1) as main:
+        main.sllm("deploy", str(ZOO))
+        main.sllm("node", "cordon", "far")
+        stream = Strides(main)
+        thread = stream.start()
+        eventually(lambda: len(stream.values) >= 3 or stream.end, why="it speaks")
+        main.sllm("node", "uncordon", "far")
+        for node in ("far", "node-0"):
+            answer = main.post(f"/v1/invocations/{stream.invocation}/migrate", {"node": node})
+            assert answer.status_code == 200 and answer.json()["outcome"] == "moved", answer.text
+            assert main.get(f"/v1/invocations/{stream.invocation}")["node"] == node
+        thread.join(60)
+        assert stream.whole, (stream.end, stream.problem, len(stream.values))
 
 
 def test_a_made_up_token_is_refused_with_a_reason(tmp_path: Path) -> None:

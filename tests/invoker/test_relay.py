@@ -148,7 +148,7 @@ async def test_the_heartbeat_comes_without_asking(relay: Relay) -> None:
 async def test_ten_thousand_mutated_frames_are_dropped_counted_and_leak_no_slot(
     relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay._gateways, "send", lambda *_: None)
+    monkeypatch.setattr(relay._entrances, "send", lambda *_: None)
     core, rng = relay.core, random.Random(20)
     hello = encode(Header(Type.HELLO), Hello("gateway", "gateway-0", "x"))
     relay._from_gateway(GATEWAY, hello)
