@@ -1,7 +1,8 @@
 """`make demo`: the whole platform once, in front of your eyes.
 
 Starts a platform with a state directory of its own, deploys a plain function and the counting model, streams a
-cold and a warm answer over HTTP with their timelines, waits until the instance is gone again, and stops.
+cold and a warm answer over HTTP with their timelines, kills a container in the middle of an answer that goes on all the
+same, waits until the instance is gone again, and stops.
 Exits non-zero as soon as one of the things it shows is not so.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,8 +48,9 @@ def sllm(*args: str, quiet: bool = False) -> str:
     return done.stdout
 
 
-def stream(url: str, token: str, prompt: str, count: int) -> str:
-    """Stream a chat completion, print it as it comes, check the numbers; the invocation's id."""
+def stream(url: str, token: str, prompt: str, count: int, *, kill: int = 0) -> str:
+    """Stream a chat completion, print it as it comes, check the numbers; the invocation's id. `kill` is a process to be
+    killed in the middle."""
     body = {
         "model": "counting",
         "messages": [{"role": "user", "content": prompt}],
@@ -57,7 +60,7 @@ def stream(url: str, token: str, prompt: str, count: int) -> str:
     }
     print(f"POST {url}/v1/chat/completions  (the model counts on from {prompt!r})", flush=True)
     began = time.perf_counter()
-    text, first = "", 0.0
+    text, first, last, pause = "", 0.0, began, 0.0
     with httpx.stream(
         "POST", f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {token}"}, timeout=120
     ) as answer:
@@ -71,18 +74,22 @@ def stream(url: str, token: str, prompt: str, count: int) -> str:
             if "error" in chunk:
                 raise SystemExit(f"the stream failed: {chunk['error']}")
             piece = chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
-            if piece and not first:
-                first = time.perf_counter() - began
+            now = time.perf_counter()
+            first, pause, last = first or now - began, max(pause, now - last) if first else 0.0, now
             text += piece
             print(piece, end="", flush=True)
+            if kill and text.count(" ") >= 100:
+                print(f" [kill -9 {kill}]", end="", flush=True)
+                os.kill(kill, signal.SIGKILL)
+                kill = 0
     whole = time.perf_counter() - began
     numbers = [int(word) for word in text.split()]
     start = int(prompt.split()[-1]) + 1
     if numbers != list(range(start, start + len(numbers))) or len(numbers) < count - 2:
         raise SystemExit(f"\nthe stream was cut, repeated or altered: {numbers}")
     print(
-        f"\n-> {len(numbers)} numbers in order; "
-        f"first token after {first * 1000:.0f} ms, all after {whole * 1000:.0f} ms"
+        f"\n-> {len(numbers)} numbers in order; first token after {first * 1000:.0f} ms, "
+        f"longest pause {pause * 1000:.0f} ms, all after {whole * 1000:.0f} ms"
     )
     return invocation
 
@@ -143,6 +150,11 @@ def main() -> None:
         warm = stream(url, token, "97 98 99", 300)
         sllm("describe", "invocation", warm)
         sllm("ps")
+
+        say("kill -9: the container dies in the middle of an answer, the answer does not")
+        (pid,) = [row["pid"] for row in json.loads(sllm("ps", "--json", quiet=True)) if row["app"] == "counting"]
+        resumed = stream(url, token, "99", 400, kill=pid)
+        sllm("describe", "invocation", resumed)
 
         say("scale to zero")
         seconds = wait_until_no_instance("counting", 60)
