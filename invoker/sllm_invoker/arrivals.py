@@ -73,9 +73,12 @@ class Arrivals:
         if kind is Type.OUTPUT:
             self._said_there(hold, header, parts)
             return []
+        mine = hold is not None and hold.fence == header.fence and hold.source in (source, None)
         if kind is Type.CANCEL:
-            if hold is not None and hold.fence == header.fence and hold.source in (source, None):
-                return self._release(hold, now)
+            return self._release(hold, now) if hold is not None and mine else []
+        if kind is Type.COMMITTED:
+            if hold is not None and mine:
+                self._awaits(hold, now)
             return []
         return self._drop("unexpected_type")
 
@@ -164,7 +167,13 @@ class Arrivals:
         """Its holds wait a while for a gateway that has heard of them."""
         for hold in self.holds.values():
             if hold.source == source:
-                hold.source, hold.until = None, now + HOLD_GRACE
+                hold.source = None
+                self._awaits(hold, now)
+
+    def _awaits(self, hold: Hold, now: float) -> None:
+        """Nothing more comes from its source: a gateway says ACTIVATE soon, or none does."""
+        hold.state.on("COMMITTED")
+        hold.until = now + HOLD_GRACE if hold.until is None else hold.until
 
     def drained(self, number: int, now: float) -> list[Action]:
         """The instance takes nothing new: nor what is held there."""

@@ -214,6 +214,7 @@ class Departures:
         actions: list[Action] = []
         for _, parts in reversed(flight.window):
             actions += self._to_node(flight, parts)
+        actions += self._to_node(flight, [flight.header(Type.COMMITTED).pack()])
         return [*actions, *self._cancel(flight, now)]
 
     def _to_node(self, flight: Flight, parts: list[bytes]) -> list[Action]:

@@ -13,7 +13,7 @@ are computed anew; the source answers until the gateway's fence decides. The con
           ├─── STATE(m) ─────►├──── MOVED(m, where) ────────────────────────────────────────────────►│ fence + 1:
           │                   │                        │◄── ACTIVATE(m, resume) ─────────────────────┤ the commit
           │◄── CANCEL ────────┤◄─────────────────────────── COMMITTED ──────────────────────────────┤
-          │                   │                        ├─── ACTIVATE ─────────►│ speaks from m on    │
+          │                   ├─── COMMITTED ─────────►├─── ACTIVATE ─────────►│ speaks from m on    │
 
     The source, of one invocation (`=` changes nothing; `-` cannot be; a late answer may come in any state):
 
@@ -31,7 +31,7 @@ the source then says CONTINUE to its container if it had paused it, and CANCEL t
 after that was decided, or while another move is under way (it was late): then the fence is raised already, nothing
 that is said under the old one is believed, and the source ends what it kept. ENDED: the invocation was over, or was
 cancelled, before the commit. After the commit the source hands its replay window on to the destination (OUTPUT frames
-under the old fence, the last first), so that a client may re-attach to what it missed.
+under the old fence, the last first), so that a client may re-attach to what it missed, and says COMMITTED to it.
 
 When to pause is learned: from the first round the seconds a token takes to be recomputed, from the outputs said
 meanwhile the seconds of a step. While the recompute of what was said since costs more than an eighth of a step another
@@ -39,15 +39,16 @@ round is worth it, as long as rounds get shorter.
 
     The destination, of one invocation:
 
-             HOLD     HELD  ACTIVATE  CANCEL   GONE
-    ABSENT   FILLING  -     =         =        -
-    FILLING  =        HELD  RUNNING   LEAVING  ABSENT
-    HELD     FILLING  =     RUNNING   LEAVING  ABSENT
-    LEAVING  =        =     =         =        ABSENT
-    RUNNING  =        =     =         =        =
+             HOLD     HELD  ACTIVATE  COMMITTED  CANCEL   GONE
+    ABSENT   FILLING  -     =         =          =        -
+    FILLING  =        HELD  RUNNING   =          LEAVING  ABSENT
+    HELD     FILLING  =     RUNNING   =          LEAVING  ABSENT
+    LEAVING  =        =     =         =          =        ABSENT
+    RUNNING  =        =     =         =          =        =
 
-FILLING and HELD take a slot of the instance, are nobody's to adopt, and expire when their source is lost or has said
-nothing for `HOLD_LIMIT` seconds. LEAVING waits for the container's word that it is gone. RUNNING is an ordinary flight
+FILLING and HELD take a slot of the instance, are nobody's to adopt, and expire `HOLD_GRACE` seconds after their source
+was lost or has said COMMITTED (the gateway may have died before it said ACTIVATE), or when the source has said nothing
+for `HOLD_LIMIT` seconds. LEAVING waits for the container's word that it is gone. RUNNING is an ordinary flight
 under the fence of ACTIVATE, owned by the gateway that said it. ACTIVATE for one that is not held is answered by
 REFUSED: the gateway, whose fence is raised already, lets it go on elsewhere from the resume state, as after a crash.
 
@@ -77,7 +78,7 @@ OFFER_LIMIT: Final = 10.0
 """Seconds for the gateway's word."""
 OFFER_AGAIN: Final = 1.0
 HOLD_GRACE: Final = 10.0
-"""Seconds a held one outlives the loss of its source: the gateway's ACTIVATE may be on its way."""
+"""Seconds a held one outlives its source's loss, or its word that it is committed: ACTIVATE may be on its way."""
 
 
 class Source(StrEnum):
@@ -131,18 +132,23 @@ SOURCE: Final[Mapping[Source, Mapping[str, tuple[Source, ...]]]] = {
 }  # fmt: skip
 
 DESTINATION: Final[Mapping[Destination, Mapping[str, tuple[Destination, ...]]]] = {
-    D.ABSENT: {"HOLD": (D.FILLING,), "HELD": (), "ACTIVATE": (D.ABSENT,), "CANCEL": (D.ABSENT,), "GONE": ()},
+    D.ABSENT: {
+        "HOLD": (D.FILLING,), "HELD": (), "ACTIVATE": (D.ABSENT,), "COMMITTED": (D.ABSENT,), "CANCEL": (D.ABSENT,),
+        "GONE": (),
+    },
     D.FILLING: {
-        "HOLD": (D.FILLING,), "HELD": (D.HELD,), "ACTIVATE": (D.RUNNING,), "CANCEL": (D.LEAVING,), "GONE": (D.ABSENT,),
+        "HOLD": (D.FILLING,), "HELD": (D.HELD,), "ACTIVATE": (D.RUNNING,), "COMMITTED": (D.FILLING,),
+        "CANCEL": (D.LEAVING,), "GONE": (D.ABSENT,),
     },
     D.HELD: {
-        "HOLD": (D.FILLING,), "HELD": (D.HELD,), "ACTIVATE": (D.RUNNING,), "CANCEL": (D.LEAVING,), "GONE": (D.ABSENT,),
+        "HOLD": (D.FILLING,), "HELD": (D.HELD,), "ACTIVATE": (D.RUNNING,), "COMMITTED": (D.HELD,),
+        "CANCEL": (D.LEAVING,), "GONE": (D.ABSENT,),
     },
     D.LEAVING: {
-        "HOLD": (D.LEAVING,), "HELD": (D.LEAVING,), "ACTIVATE": (D.LEAVING,), "CANCEL": (D.LEAVING,),
-        "GONE": (D.ABSENT,),
+        "HOLD": (D.LEAVING,), "HELD": (D.LEAVING,), "ACTIVATE": (D.LEAVING,), "COMMITTED": (D.LEAVING,),
+        "CANCEL": (D.LEAVING,), "GONE": (D.ABSENT,),
     },
-    D.RUNNING: dict.fromkeys(("HOLD", "HELD", "ACTIVATE", "CANCEL", "GONE"), (D.RUNNING,)),
+    D.RUNNING: dict.fromkeys(("HOLD", "HELD", "ACTIVATE", "COMMITTED", "CANCEL", "GONE"), (D.RUNNING,)),
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Type(IntEnum):
     SNAPSHOT = 22  # invoker -> container: (no body) tell your resume state
     PAUSE = 23  # invoker -> container: (no body) say nothing beyond the next boundary, tell your resume state
     CONTINUE = 24  # invoker -> container: (no body) the pause is over
-    COMMITTED = 25  # gateway -> source invoker: (no body) the fence is raised, this one is over here
+    COMMITTED = 25  # gateway -> source invoker -> destination: (no body) the fence is raised, it is over at the source
     KEPT = 26  # gateway -> source invoker: (no body) not moved, go on
     ACTIVATE = 27  # gateway -> destination invoker -> container: speak, from output header.seq on
 

@@ -108,6 +108,8 @@ class Scene:
     def __init__(self, platform: Platform, folder: Path) -> None:
         self.platform = platform
         self.folder = folder
+        self._warmed: dict[str, int] = {}
+        """The invokers' processes that have once started an instance, by node."""
 
     def record(self) -> list[Boundary]:
         """The boundaries of an undisturbed move, in the order in which they came."""
@@ -149,16 +151,20 @@ class Scene:
 
     def _warm(self) -> None:
         """Both nodes can start an instance fast, and one has it."""
-        stream = Moving(self.platform, tokens=WARMING)
-        thread = stream.start()
-        eventually(lambda: stream.values or stream.end, 60, "an instance")
-        while lacking := set(NODES) - {row["node"] for row in self._rows() if row["state"] == "ready"}:
-            assert not stream.end, (stream.end, stream.problem)
-            self._ask(stream.invocation, lacking.pop())
-        self._delete(f"/v1/invocations/{stream.invocation}")
-        thread.join(60)
-        eventually(self._quiet, 30, "nothing runs")
-        self._delete(f"/v1/instances/{max(self._rows(), key=lambda row: str(row['node']))['instance']}")
+        lives = {node: pid_of(self.platform, "sllm_invoker", node) for node in NODES}
+        if self._warmed != lives or not self._rows():
+            stream = Moving(self.platform, tokens=WARMING)
+            thread = stream.start()
+            eventually(lambda: stream.values or stream.end, 60, "an instance")
+            while lacking := set(NODES) - {row["node"] for row in self._rows() if row["state"] == "ready"}:
+                assert not stream.end, (stream.end, stream.problem)
+                self._ask(stream.invocation, lacking.pop())
+            self._delete(f"/v1/invocations/{stream.invocation}")
+            thread.join(60)
+            eventually(self._quiet, 30, "nothing runs")
+            self._warmed = lives
+        for row in sorted(self._rows(), key=lambda row: str(row["node"]))[1:]:
+            self._delete(f"/v1/instances/{row['instance']}")
         eventually(lambda: len(self._rows()) == 1 and self._quiet(), 30, "one instance is left")
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -219,20 +225,27 @@ class Scene:
             )
         return False
 
-    def _zygotes(self) -> dict[int, int]:
-        """Zygotes and what was forked from them, with their parents."""
+    def _zygotes(self) -> dict[int, tuple[int, int]]:
+        """Zygotes and what was forked from them, with their parents and when they started, the first of them first."""
         found = {}
         for pid in self.platform.processes():
             with contextlib.suppress(OSError):
                 if b"sllm_invoker.containers.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[1])
-        return found
+                    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+                    found[pid] = (int(fields[1]), int(fields[19]))
+        return dict(sorted(found.items(), key=lambda item: item[1][1]))
 
     def _containers(self) -> set[int]:
-        """Those that serve an instance: forked by a template, which the libraries' zygote forked, as that the first."""
-        parents = self._zygotes()
-        grand = {pid: parents.get(parents.get(parent, 0), 0) for pid, parent in parents.items()}
-        return {pid for pid, ancestor in grand.items() if ancestor in parents}
+        """Those that serve an instance: forked by a template, which the libraries' zygote forked, which a node's first
+        one forked. They outlive their template, and are the invoker's children then."""
+        generations: dict[int, int] = {}
+        invokers: set[int] = set()
+        for pid, (parent, _) in self._zygotes().items():
+            first = parent not in generations and parent not in invokers
+            generations[pid] = 0 if first else generations.get(parent, 2) + 1
+            if first:
+                invokers.add(parent)
+        return {pid for pid, generation in generations.items() if generation >= 3}
 
     def _strays(self) -> set[int]:
         """Those that no invoker knows of."""

@@ -38,8 +38,6 @@ def finish(world: World) -> None:
     for _ in range(4):
         world.later(11.0)
     world.run(turns=3 * LENGTH)
-    for _ in range(4):
-        world.later(700.0)
 
 
 def assert_nothing_left(world: World) -> None:
