@@ -29,6 +29,8 @@ SLOTS = 8
 OCCUPIED = 0.9
 BUSY = 0.8
 GB = 10**9
+STUCK = 50
+"""Requests in a row that changed nothing: all slots are busy, and none would be decided ever again."""
 
 
 class Cluster:
@@ -144,11 +146,13 @@ def measure(nodes: int, functions: int, decisions: int) -> tuple[Cluster, list[f
     times: list[float] = []
     gc.collect()
     spare_the_collector()  # as the controller's process does
+    idle = 0
     while len(times) < decisions:
         spent = cluster.decide()
         if spent is not None:
             times.append(spent)
-        if len(times) % 10 == 0:
+        idle = idle + 1 if spent is None else 0
+        if len(times) % 10 == 0 or idle >= STUCK:
             cluster.relax()
     gc.unfreeze()
     return cluster, times

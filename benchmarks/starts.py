@@ -179,7 +179,7 @@ def main() -> int:
     count, limit = (60, 120.0) if args.quick else (240, 600.0)
     report = Report("starts")
     with tempfile.TemporaryDirectory() as name:
-        build("110M", Path(name) / "a", variant=Path(name) / "b")
+        build("110M", Path(name) / "a", variants=(Path(name) / "b",))
         os.environ["SLLM_BENCH_MODELS"] = name
         with platform_up("--invokers", str(len(NODES)), "--dram-mb", str(DRAM_MB * len(NODES))) as platform:
             platform.sllm("deploy", str(ROOT / "benchmarks/apps/starts.py"))

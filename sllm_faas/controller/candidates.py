@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Sequence
 from itertools import islice
+from math import inf
 from typing import NamedTuple
 
 from sllm_faas.controller import estimate, move_times
@@ -37,7 +38,7 @@ class Need(NamedTuple):
     """What one more instance of a target needs, and who has what of it: looked up once for all nodes.
 
     `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`: elsewhere. `layers` from the base to
-    the warmest; `layered`: nodes that have each.
+    the warmest; `layered`: nodes that have each; `making`: seconds to make all beyond the k-th, as asked for.
     """
 
     target: Target
@@ -52,6 +53,15 @@ class Need(NamedTuple):
     holders: Collection[str]
     layers: tuple[Layer, ...]
     layered: tuple[Collection[str], ...]
+    making: dict[int, float]
+
+
+class Facts(NamedTuple):
+    """What the book says of a node, looked up once until it learns more: its pace, and by tier and bytes the seconds
+    to read so many."""
+
+    pace: float
+    load: dict[tuple[Tier, int], float]
 
 
 class Candidates:
@@ -64,6 +74,7 @@ class Candidates:
         self._free = NodeIndex()
         self._reclaimable = NodeIndex()
         """Rows with what would be free if all idle instances went."""
+        self._facts: dict[str, Facts] = {}
 
     def of(self, target: Target, spec: FunctionSpec, *, movable: bool = True) -> list[Candidate]:
         """The nodes worth considering for one more instance; with `movable`, also what could move away there."""
@@ -89,9 +100,10 @@ class Candidates:
         if spec is None:
             return None
         need = self._need(instance.target, spec)
-        warmest = need.layers[self._warmest(node.name, need)]
+        warmest = next(k for k in reversed(range(len(need.layers))) if not k or node.name in need.layered[k])
+        warmth = need.layers[warmest].warmth
         return estimate.Start(
-            node.name, need.known.function, need.known.libs, warmest.warmth, instance.tier, instance.size, need.digest,
+            node.name, need.known.function, need.known.libs, warmth, instance.tier, instance.size, need.digest,
             path(spec, instance.digest),
         )  # fmt: skip
 
@@ -100,91 +112,104 @@ class Candidates:
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         layers = path(spec, digest)
         return Need(
-            target=target,
-            known=estimate.known(book, f"{target.app}/{target.function}", libs_of(layers)),
-            digest=digest,
-            bytes=self.state.sizes.get(digest, 0),
-            alone_mb=spec.memory_mb,
-            whole_mb=spec.memory_mb + ledger.size_mb(digest),
-            gpus=spec.gpus,
-            attached=ledger.attached(digest),
-            resident=where.resident(digest),
-            holders=where.holders(digest),
-            layers=layers,
-            layered=tuple(where.layered(layer.key) for layer in layers),
+            target,
+            estimate.known(book, f"{target.app}/{target.function}", libs_of(layers)),
+            digest,
+            self.state.sizes.get(digest, 0),
+            spec.memory_mb,
+            spec.memory_mb + ledger.size_mb(digest),
+            spec.gpus,
+            ledger.attached(digest),
+            where.resident(digest),
+            where.holders(digest),
+            layers,
+            tuple([where.layered(layer.key) for layer in layers]),
+            {},
         )
 
     def _one(self, node: Node, need: Need, *, movable: bool = True) -> Candidate:
         name, info = node.name, node.info
         row = self._free.rows.get(name) or self._row(node)[0]  # a cordoned node is in no index
         return Candidate(
-            name=name,
-            need_mb=need.alone_mb if name in need.attached else need.whole_mb,
-            free_mb=row.mb if info.memory_mb else None,
-            total_mb=info.memory_mb,
-            freeing_mb=row.freeing_mb,
-            estimate=self._guess(node, need),
-            idle=lambda: self._idle(node, need.target),
-            need_gpus=need.gpus,
-            free_gpus=row.gpus,
-            total_gpus=info.gpus,
-            freeing_gpus=row.freeing_gpus,
-            movable=(lambda: self._movable(node, need.target)) if self.migrate and movable else nothing,
+            name,
+            need.alone_mb if name in need.attached else need.whole_mb,
+            row.mb if info.memory_mb else None,
+            info.memory_mb,
+            row.freeing_mb,
+            self._guess(node, need),
+            lambda: self._idle(node, need.target),
+            need.gpus,
+            row.gpus,
+            info.gpus,
+            row.freeing_gpus,
+            (lambda limit: self._movable(node, need.target, limit)) if self.migrate and movable else nothing,
         )
 
     # -- estimates -------------------------------------------------------------------------------------------
 
     def _guess(self, node: Node, need: Need, but: str = "") -> estimate.Estimate:
-        warmest = self._warmest(node.name, need)
-        warmth, missing = need.layers[warmest].warmth, need.layers[warmest + 1 :]
-        book, tier, size = self.state.book, self._tier(node, need), need.bytes
-        making = estimate.making_seconds(book, missing) if missing else 0.0
-        rate = estimate.bandwidth(book, node.info.bandwidth, node.name, tier, size)
-        pace = book.get(f"pace|{node.name}", 1.0)
+        name, layered = node.name, need.layered
+        warmest = len(layered) - 1
+        while warmest and name not in layered[warmest]:
+            warmest -= 1
+        warmth, making = need.layers[warmest].warmth, self._making(need, warmest)
+        tier, size = self._tier(name, need), need.bytes
+        pace, loads = self._facts.get(name) or self._look_up(name)
+        load = (loads.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
         others = self._starting_beside(node, but)
         if not others:
-            return need.known.estimate(warmth, tier, making, size / rate, 0.0, pace)
+            return need.known.estimate(warmth, tier, making, load, 0.0, pace)
         now = self.ledger.now
         queue = max(0.0, max((_read(i) for i in others if i.load), default=0.0) - now)
-        here = [i for i in others if i.node == node.name]
+        here = [i for i in others if i.node == name]
         if size and (same := [i for i in here if i.digest == need.digest and i.load]):
             # It shares that one's read, or what is left of it.
             queue = max(0.0, min(map(_read, same)) - now)
-            tier, size = same[0].tier, 1
-            rate = estimate.bandwidth(book, node.info.bandwidth, node.name, tier, size)
-        making = max(0.0, making - self._awaited(missing, here))
-        alone = need.known.estimate(warmth, tier, making, size / rate, queue, pace)
+            tier = same[0].tier
+            load = self._load(node, tier, 1)
+        making = max(0.0, making - self._awaited(need.layers[warmest + 1 :], here))
+        alone = need.known.estimate(warmth, tier, making, load, queue, pace)
         if alone.total <= 0:
             return alone
         left = sum(min(1.0, max(0.0, i.asked + i.predicted - now) / alone.total) for i in others)
-        return need.known.estimate(warmth, tier, making, size / rate, queue, pace, 1.0 + left)
+        return need.known.estimate(warmth, tier, making, load, queue, pace, 1.0 + left)
 
     def _starting_beside(self, node: Node, but: str) -> list[Instance]:
         ledger = self.ledger
-        if not node.info.host and not ledger.loading_on(node.name):
-            return []
+        if not node.info.host:  # as nearly always: a machine of its own
+            loading = ledger.loading_on(node.name)
+            return [i for i in loading if i.id != but] if loading else []
         return [i for name in ledger.where.beside(node) for i in ledger.loading_on(name) if i.id != but]
 
-    def _warmest(self, node: str, need: Need) -> int:
-        """Which of its layers is the warmest there."""
-        for k in range(len(need.layers) - 1, 0, -1):
-            if node in need.layered[k]:
-                return k
-        return 0
+    def _look_up(self, node: str) -> Facts:
+        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {})
+        return facts
 
-    def _tier(self, node: Node, need: Need) -> Tier:
+    def _load(self, node: Node, tier: Tier, size: int) -> float:
+        """Seconds to read so many bytes from there, if nothing else reads."""
+        loads = (self._facts.get(node.name) or self._look_up(node.name)).load
+        found = loads.get((tier, size))
+        if found is None:
+            rate = estimate.bandwidth(self.state.book, node.info.bandwidth, node.name, tier, size)
+            found = loads[tier, size] = size / rate
+        return found
+
+    def _making(self, need: Need, warmest: int) -> float:
+        """Seconds to make the layers beyond that one."""
+        missing = need.layers[warmest + 1 :]
+        if not missing:
+            return 0.0
+        found = need.making.get(warmest)
+        if found is None:
+            found = need.making[warmest] = estimate.making_seconds(self.state.book, missing)
+        return found
+
+    def _tier(self, node: str, need: Need) -> Tier:
         if not need.digest:
             return "disk"
-        if node.name in need.resident or (node.name in need.attached and self._ready_with(node, need.digest)):
+        if node in need.resident or (node in need.attached and self.ledger.has_ready(node, need.digest)):
             return "dram"
-        return "disk" if node.name in need.holders else "remote"
-
-    def _ready_with(self, node: Node, digest: str) -> bool:
-        """Whether an instance there has the checkpoint in its memory."""
-        for instance in self.ledger.on_node(node.name):
-            if instance.digest == digest and instance.ready is not None:
-                return True
-        return False
+        return "disk" if node in need.holders else "remote"
 
     def _awaited(self, missing: Sequence[Layer], here: Sequence[Instance]) -> float:
         """Seconds of making those layers that starts on the node have behind them."""
@@ -216,32 +241,35 @@ class Candidates:
         took = instance.predicted if instance.actual is None else instance.actual
         if not instance.size or node.name not in self.ledger.where.resident(instance.digest):
             return took
-        rate = estimate.bandwidth(self.state.book, node.info.bandwidth, node.name, "dram", instance.size)
-        return min(took, instance.size / rate)
+        return min(took, self._load(node, "dram", instance.size))
 
-    def _movable(self, node: Node, target: Target) -> list[Movable]:
-        """Ready instances on the node, those with the least context first, each with the best node with room for it."""
+    def _movable(self, node: Node, target: Target, limit: float) -> list[Movable]:
+        """Ready instances on the node, those with the least context first, each with the best node with room for it;
+        not those that would take `limit` seconds or more."""
+        ledger, moves, latest = self.ledger, self.state.moves, self.ledger.now - RESIDENCY
         ready = [
             instance
-            for instance in self.ledger.on_node(node.name)
+            for instance in ledger.on_node(node.name)
             if instance.state == "ready"
-            and instance.target != target
             and instance.ready is not None
-            and self.ledger.now - instance.ready >= RESIDENCY
-            and instance.id not in self.state.moves
+            and instance.ready <= latest
+            and instance.id not in moves
+            and instance.target != target
         ]
-        ready.sort(key=lambda instance: (instance.tokens, instance.seq))
+        ready.sort(key=_least_context)
         found = []
         for instance in ready if self._whole else ready[:EACH]:
-            spec = self.ledger.function(instance.target)
+            spec = ledger.function(instance.target)
             if spec is None or not can_move(spec):
                 continue
+            function = f"{instance.target.app}/{instance.target.function}"
+            seconds = move_times.seconds(self.state.book, function, instance.tokens)
+            if seconds >= limit:
+                continue  # wherever it could go
             there = [(0.0, other.node) for other in self._roomy_others(instance)]
-            need = self._need(instance.target, spec)
-            start, to = min(there) if there else self._destination(node, need)
-            seconds = start + move_times.seconds(self.state.book, need.known.function, instance.tokens)
-            memory = self.ledger.gives_back([instance])
-            found.append(Movable(instance.id, memory, instance.gpus, to, seconds))
+            start, to = min(there) if there else self._destination(node, self._need(instance.target, spec))
+            if start + seconds < limit or limit == inf:
+                found.append(Movable(instance.id, ledger.gives_back([instance]), instance.gpus, to, start + seconds))
         return found
 
     def _roomy_others(self, instance: Instance) -> list[Instance]:
@@ -261,12 +289,12 @@ class Candidates:
 
     def _destination(self, node: Node, need: Need) -> tuple[float, str]:
         """Where it would start soonest beside the node, and in how many seconds; infinite and empty: nowhere."""
-        nodes, best = self.state.nodes, (float("inf"), "")
+        nodes, best = self.state.nodes, (inf, "")
         for name in self._free.rows if self._whole else self._roomy(node.name, need):
             if name != node.name:
-                there = self._one(nodes[name], need, movable=False)
-                if there.fits():
-                    best = min(best, (there.estimate.total, name))
+                mb = need.alone_mb if name in need.attached else need.whole_mb
+                if self._free.fits(name, need.gpus, mb):
+                    best = min(best, (self._guess(nodes[name], need).total, name))
         return best
 
     @property
@@ -327,8 +355,10 @@ class Candidates:
             if room < 2 or self.migrate:
                 ranked.append((room, row.busy_until, name))
         if len(ranked) > each:
-            ranked = heapq.nsmallest(each, ranked)
-        found.update(dict.fromkeys(name for _, _, name in ranked))
+            ranked.sort()
+            del ranked[each:]
+        for _, _, name in ranked:
+            found[name] = None
 
     def keep_up(self) -> None:
         """Called after every event, so that each pays for what it changed."""
@@ -336,8 +366,11 @@ class Candidates:
 
     def _refresh(self) -> None:
         """Take in what changed since the last look."""
+        stale, renewed = self.ledger.where.take_stale()
+        for name in renewed:
+            self._facts.pop(name, None)
         nodes, put = self.state.nodes, self._free.put
-        for name in self.ledger.where.take_stale():
+        for name in stale:
             node = nodes.get(name)
             if node is None or node.state != "up" or node.cordoned:
                 self._free.drop(name)
@@ -354,22 +387,37 @@ class Candidates:
         """What is free there, and what would be if those that may go, and those that end, had gone."""
         ledger, info, name = self.ledger, node.info, node.name
         speed = estimate.bandwidth(self.state.book, info.bandwidth, name, "disk")
-        until = max((_read(i) for i in ledger.loading_on(name) if i.load), default=0.0)
+        loading = ledger.loading_on(name)
+        until = max([_read(i) for i in loading if i.load], default=0.0) if loading else 0.0
         gpus = info.gpus - ledger.used_gpus(name)
         mb = info.memory_mb - ledger.used_mb(name) if info.memory_mb else UNLIMITED
         ending = ledger.ending_on(name)
-        row = Row(speed, gpus, mb, until)
+        spare = ledger.spare_on(name)
+        if not ending and not spare:
+            return Row(speed, gpus, mb, until), None
+        freeing_gpus, freeing_mb = 0, 0
         if ending:
-            row = Row(speed, gpus, mb, until, sum(i.gpus for i in ending), ledger.gives_back(ending))
-        ending += [i for i in ledger.spare_on(name) if i.state == "ready"]
-        if not ending:
+            freeing_gpus, freeing_mb = _gpus_of(ending), ledger.gives_back(ending)
+        row = Row(speed, gpus, mb, until, freeing_gpus, freeing_mb)
+        if spare and (may_go := [i for i in spare if i.state == "ready"]):
+            ending += may_go
+            freeing_gpus, freeing_mb = _gpus_of(ending), ledger.gives_back(ending)
+        elif not ending:
             return row, None
-        return row, Row(speed, gpus + sum(i.gpus for i in ending), mb + ledger.gives_back(ending), until)
+        return row, Row(speed, gpus + freeing_gpus, mb + freeing_mb, until)
+
+
+def _gpus_of(instances: Sequence[Instance]) -> int:
+    return sum([i.gpus for i in instances])
 
 
 def libs_of(layers: Sequence[Layer]) -> str:
     """The key of the path's first layer above the base, if it has one: what its container has imported."""
     return layers[1].key if len(layers) > 1 else layers[0].key
+
+
+def _least_context(instance: Instance) -> tuple[int, int]:
+    return (instance.tokens, instance.seq)
 
 
 def _read(instance: Instance) -> float:

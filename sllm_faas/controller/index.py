@@ -40,6 +40,7 @@ class NodeIndex:
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
         self._groups: dict[Group, list[tuple[float, str]]] = {}
+        self._group_of: dict[str, Group] = {}
         self._order: list[Group] | None = None
 
     def __len__(self) -> int:
@@ -50,13 +51,14 @@ class NodeIndex:
         before = self.rows.get(name)
         if before == row:
             return
-        group = _group(row)
+        group = (_speed_class(row.bandwidth), row.gpus, _memory_class(row.mb))
         if before is not None:
-            if row.busy_until == before.busy_until and group == _group(before):
+            if row.busy_until == before.busy_until and group == self._group_of[name]:
                 self.rows[name] = row
                 return
             self.drop(name)
         self.rows[name] = row
+        self._group_of[name] = group
         members = self._groups.get(group)
         if members is None:
             members = self._groups[group] = []
@@ -68,7 +70,7 @@ class NodeIndex:
         row = self.rows.pop(name, None)
         if row is None:
             return
-        group = _group(row)
+        group = self._group_of.pop(name)
         members = self._groups[group]
         del members[bisect_left(members, (row.busy_until, name))]
         if not members:
@@ -97,7 +99,7 @@ class NodeIndex:
 
     def validate(self) -> None:
         listed = {name: group for group, members in self._groups.items() for _, name in members}
-        assert listed == {name: _group(row) for name, row in self.rows.items()}
+        assert listed == self._group_of == {name: _group(row) for name, row in self.rows.items()}
         assert all(members == sorted(members) and members for members in self._groups.values())
 
 

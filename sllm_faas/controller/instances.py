@@ -150,6 +150,7 @@ class Instances:
                     instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
                 ),
             )
+            self.ledger.where.renew(node.name)
         self._remember(instance, "ready", None)
 
     def _warm_layers(self, node: Node, target: Target) -> None:

@@ -144,7 +144,7 @@ class Ledger:
         mine = self._by_target.get(key)
         if mine is None:
             return []
-        return [i for i in mine.values() if i.state in tables.LIVE and not (i.replaces and self._takes_over(i))]
+        return [i for i in mine.values() if i.state != "draining" and not (i.replaces and self._takes_over(i))]
 
     def _takes_over(self, instance: Instance) -> bool:
         old = self.state.instances.get(instance.replaces)
@@ -167,6 +167,13 @@ class Ledger:
     def on_node(self, node: str) -> list[Instance]:
         """In order of creation."""
         return list(self._by_node[node].values()) if node in self._by_node else []
+
+    def has_ready(self, node: str, digest: str) -> bool:
+        """Whether an instance there has the checkpoint in its memory."""
+        for instance in self._by_node[node].values() if node in self._by_node else ():
+            if instance.digest == digest and instance.ready is not None:
+                return True
+        return False
 
     def _index(self, instance: Instance) -> None:
         self._by_target.setdefault(key_of(instance.target), {})[instance.id] = instance

@@ -22,6 +22,7 @@ class Locality:
         self._layers: dict[str, set[str]] = {}
         self._hosts: dict[str, set[str]] = {}
         self._stale: set[str] = set()
+        self._renewed: set[str] = set()
         for node in nodes.values():
             self.add(node)
 
@@ -48,7 +49,7 @@ class Locality:
         for index, names in self._parts(node):
             for name in names:
                 index.setdefault(name, set()).add(node.name)
-        self._stale.add(node.name)
+        self.renew(node.name)
 
     def remove(self, node: Node) -> None:
         for index, names in self._parts(node):
@@ -56,7 +57,7 @@ class Locality:
                 index[name].discard(node.name)
                 if not index[name]:
                     del index[name]
-        self._stale.add(node.name)
+        self.renew(node.name)
 
     def note_checkpoint(self, node: Node, digest: str) -> None:
         if node.name not in self.holders(digest):
@@ -73,10 +74,17 @@ class Locality:
         """Something else about the node changed."""
         self._stale.add(node)
 
-    def take_stale(self) -> set[str]:
-        """Nodes that changed since the last call."""
-        stale, self._stale = self._stale, set()
-        return stale
+    def renew(self, node: str) -> None:
+        """What is known of its speed changed too."""
+        self._stale.add(node)
+        self._renewed.add(node)
+
+    def take_stale(self) -> tuple[set[str], set[str]]:
+        """Nodes that changed since the last call, and those of them whose speed may have."""
+        found = self._stale, self._renewed
+        if self._stale:
+            self._stale, self._renewed = set(), set()
+        return found
 
     def _parts(self, node: Node) -> tuple[tuple[dict[str, set[str]], Iterable[str]], ...]:
         resident = node.stats.resident if node.stats is not None else ()

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from typing import NamedTuple, Protocol, TypeVar
 
 from sllm_faas.controller.estimate import Estimate
@@ -77,14 +79,14 @@ class Movable(NamedTuple):
     seconds: float
 
 
-def nothing() -> tuple[()]:
+def nothing(_limit: float = inf) -> tuple[()]:
     return ()
 
 
 @dataclass(slots=True)
 class Candidate:
     """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` and `movable` are asked only where
-    there is no room."""
+    there is no room; `movable` may leave out what takes as many seconds as it is given, or more."""
 
     name: str
     need_mb: int
@@ -97,7 +99,7 @@ class Candidate:
     free_gpus: int = 0
     total_gpus: int = 0
     freeing_gpus: int = 0
-    movable: Callable[[], Sequence[Movable]] = nothing
+    movable: Callable[[float], Sequence[Movable]] = nothing
 
     def fits(self) -> bool:
         return (self.free_mb is None or self.need_mb <= self.free_mb) and self.need_gpus <= self.free_gpus
@@ -199,8 +201,9 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
         return Full("no node is up and open for instances")
     ranked = sorted(map(_ranked, nodes))
     fitting = [(total, node) for *_, total, node in ranked if node.fits()]
-    left = best = fitting[0][0] if fitting else float("inf")
-    choice: Evict | Move | Full | None = None
+    left = best = fitting[0][0] if fitting else inf
+    way: Callable[[], Evict | Move | Full] | None = None
+    """To be put into words if it wins."""
     busy = []
     for *_, total, node in ranked:
         if total >= best:
@@ -209,21 +212,22 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
             continue
         if node.will_fit():
             if total + costs.freeing < best:
-                choice = Full(f"waits for memory that is being freed on {node.name}")
-                best = total + costs.freeing
+                way, best = partial(_wait, node), total + costs.freeing
         elif total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
             cost = total + sum(map(costs.of, idle))
             if cost < best:
-                choice, best = _evict(node, idle), cost
+                way, best = partial(_evict, node, idle), cost
         else:
             busy.append((total, node))
     for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
-        if total + costs.move < best and (moves := cheapest_moves(node, costs)):
+        limit = best - total - costs.move
+        if limit > 0 and (moves := cheapest_moves(node, costs, limit)):
             cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
             if cost < best:
-                choice, best = _move(node, moves), cost
-    if choice is None:
+                way, best = partial(_move, node, moves), cost
+    if way is None:
         return _placed([node for _, node in fitting], len(nodes)) if fitting else no_room(nodes)
+    choice = way()
     if fitting and left - best < choice.again:
         # A place that is there was left for this one; queues shorten by a second per second, so it may be better then.
         choice = replace(choice, again=max(LEAST, left - best))
@@ -250,8 +254,9 @@ def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
     return cheapest(parts, node.missing_mb, node.missing_gpus, costs.of)
 
 
-def cheapest_moves(node: Candidate, costs: Costs = DEFAULT) -> tuple[Movable, ...]:
-    parts = sorted(node.movable(), key=lambda item: item.instance)
+def cheapest_moves(node: Candidate, costs: Costs = DEFAULT, limit: float = inf) -> tuple[Movable, ...]:
+    """Whom to move away, of those that take less than `limit` seconds; empty: that would not be enough."""
+    parts = sorted(node.movable(limit), key=lambda item: item.instance)
     return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
 
 
@@ -305,6 +310,10 @@ def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
     others = tuple((node.name, node.estimate.total) for node in fitting[1:SHOWN])
     more = max(0, len(fitting) - SHOWN)
     return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting))
+
+
+def _wait(node: Candidate) -> Full:
+    return Full(f"waits for memory that is being freed on {node.name}")
 
 
 def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:

@@ -43,23 +43,26 @@ class Scaler:
     # -- what is owed ----------------------------------------------------------------------------------------
 
     def mode(self, target: Target) -> Mode:
-        if self.ledger.function(target) is None:
-            return "gone"
+        return self._owed(target)[0]
+
+    def _owed(self, target: Target) -> tuple[Mode, FunctionSpec | None]:
+        """By what rule, and with which spec; None: nothing is."""
+        spec = self.ledger.function(target)
+        if spec is None:
+            return "gone", None
         app = self.state.apps[target.app]
         if app.active == target.version:
-            return "serving"
+            return "serving", spec
         state = app.versions[target.version].state
         if state == "warming":
-            return "warming"
-        return "superseded" if state == "ready" else "gone"
+            return "warming", spec
+        return ("superseded", spec) if state == "ready" else ("gone", None)
 
     def scaling_of(self, target: Target, spec: FunctionSpec) -> Scaling:
         """`min_containers` count for the function as it is, not for every set of parameters ever asked for."""
         return replace(spec.scaling, min_containers=0) if target.parameters else spec.scaling
 
-    def wanted(self, key: str, mode: Mode, spec: FunctionSpec | None) -> int:
-        target = self.state.targets[key].target
-        waiting, running = self.ledger.load(key)
+    def wanted(self, target: Target, mode: Mode, spec: FunctionSpec | None, waiting: int, running: int) -> int:
         if spec is None or mode == "gone":
             return 0
         scaling = self.scaling_of(target, spec)
@@ -77,10 +80,9 @@ class Scaler:
         if record is None:
             return
         target = record.target
-        mode = self.mode(target)
-        spec = self.ledger.function(target) if mode != "gone" else None
+        mode, spec = self._owed(target)
         window = spec.scaling.scaledown_window if spec is not None and mode in ("serving", "warming") else 0.0
-        waiting, _ = self.ledger.load(key)
+        waiting, running = self.ledger.load(key)
         now = self.ledger.now
         if not waiting:
             record.waiting_since = None
@@ -91,7 +93,7 @@ class Scaler:
         if record.error is not None and now >= record.retry_at:
             record.error = None
 
-        want = self.wanted(key, mode, spec)
+        want = self.wanted(target, mode, spec, waiting, running)
         if want != record.desired:
             longest = max(window, autoscale.START_HOLD)
             record.peaks = autoscale.note_peak(record.peaks, now, record.desired, longest)

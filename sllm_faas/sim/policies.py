@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from math import inf
 from random import Random
 
 from sllm_faas.controller.placement import (
@@ -84,13 +85,13 @@ class Preempt:
 
     def place(self, candidates: Sequence[Candidate]) -> Choice:
         choice = place((_unmovable(node) for node in candidates), FREE)
-        best = choice.estimate.total if isinstance(choice, Placed) else float("inf")
+        best = choice.estimate.total if isinstance(choice, Placed) else inf
         for node in sorted(candidates, key=lambda node: (node.estimate.total, node.name)):
             if node.estimate.total >= best or isinstance(choice, Evict):
                 break
             if node.fits() or node.will_fit():
                 return choice
-            if busy := cheapest(node.movable(), node.missing_mb, node.missing_gpus, lambda _: 1.0):
+            if busy := cheapest(node.movable(inf), node.missing_mb, node.missing_gpus, lambda _: 1.0):
                 names = tuple(item.instance for item in busy)
                 return Evict(node.name, names, f"{node.name}: preempts {len(names)}, then {node.estimate}", 0.0)
         return choice
