@@ -144,12 +144,14 @@ class Attach(Message, frozen=True):
 
 
 class Layout(Message, frozen=True):
-    """mode "slabs": `count` descriptors follow. "file": map the object's file, its pages are being read."""
+    """mode "slabs": `count` descriptors follow; `whole`: every byte is in them already. "file": map the object's file,
+    its pages are being read."""
 
     mode: Literal["slabs", "file"]
     bytes: int
     slab_bytes: int = 0
     count: int = 0
+    whole: bool = False
 
 
 class Slabs(Message, frozen=True):

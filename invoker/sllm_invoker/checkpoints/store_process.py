@@ -308,6 +308,7 @@ class Store:
         reader.process = _Process(self._selector, pid, lambda: self._ended(reader.holder))
         home = reader.home
         residence = home.residence if isinstance(home, Load) else home
+        whole = not isinstance(home, Load) or self.tier.loads.get(home.digest) is not home
         if residence is None:
             assert isinstance(home, Load)
             reader.peer.send(channel.Layout("file", home.part.bytes))
@@ -316,10 +317,10 @@ class Store:
                 return  # its load failed and it was told so
             self.tier.book.map(residence.number, reader.holder)
             slabs = self.tier.slabs(residence)
-            layout = channel.Layout("slabs", residence.bytes, self.tier.pool.slab_bytes, len(slabs))
+            layout = channel.Layout("slabs", residence.bytes, self.tier.pool.slab_bytes, len(slabs), whole)
             for index, batch in enumerate(channel.batches([slab.fd for slab in slabs])):
                 reader.peer.send(layout if not index else channel.Slabs(), batch)
-        if not isinstance(home, Load) or self.tier.loads.get(home.digest) is not home:
+        if whole:
             reader.peer.send(channel.Whole())
 
     def _ended(self, holder: str) -> None:

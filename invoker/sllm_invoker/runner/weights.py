@@ -17,6 +17,7 @@ import contextlib
 import mmap
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,11 @@ from typing import Any
 from sllm_faas.errors import CheckpointCorrupt, CheckpointUnavailable, SllmError, WireError, from_info
 from sllm_faas.spec import Tier
 from sllm_invoker.checkpoints import channel
-from sllm_invoker.checkpoints.mapping import Mapping, map_slabs
+from sllm_invoker.checkpoints.mapping import MADV_POPULATE_READ, Mapping, advise, map_slabs
 from sllm_invoker.checkpoints.object import Part
+
+STEP = 32 * 1024 * 1024
+"""Bytes mapped at a time: the address space is locked that long."""
 
 
 class Weights:
@@ -81,6 +85,9 @@ def _arriving(sock: socket.socket, path: Path, part: Part) -> Weights:
         if layout.mode == "file":
             return _Arriving(sock, from_file(path, part).buffer, None, path, part)
         mapping = map_slabs(fds, layout.slab_bytes, part.bytes)
+        if layout.whole:
+            # Page by page, the first pass over the weights would wait for it; up to then there is a core to spare.
+            threading.Thread(target=_touch, args=(mapping,), name="map-weights", daemon=True).start()
         return _Arriving(sock, mapping.buffer, mapping, path, part)
     finally:
         channel.close_all(fds)
@@ -142,6 +149,13 @@ class _Arriving(Weights):
             with _opened(self._path, self.part) as fd:
                 self._mapping.cover(fd)
         self.ready = self.part.bytes
+
+
+def _touch(mapping: Mapping) -> None:
+    """Best effort: what is not mapped here is when it is read."""
+    for start in range(0, mapping.length, STEP):
+        if not advise(mapping.address + start, min(STEP, mapping.length - start), MADV_POPULATE_READ):
+            return
 
 
 def _layout(sock: socket.socket) -> tuple[channel.Layout, list[int]]:
