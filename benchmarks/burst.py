@@ -55,7 +55,7 @@ def at_once(count: int, root: Path, scratch: Path, report: Report) -> Checkpoint
     paths = [root / f"{SHAPE}-{number}" for number in range(count)]
     models.build(SHAPE, paths[0], variants=paths[1:])
     size = (paths[0] / "model.safetensors").stat().st_size
-    with platform_up("--dram-mb", str(count * (size // 2**20 + 128))) as platform:
+    with platform_up("--no-prefetch", "--dram-mb", str(count * (size // 2**20 + 128))) as platform:
         app = platform.state / "burst_app.py"
         app.write_text(APP.format(paths=[str(path) for path in paths]))
         platform.sllm("deploy", str(app))

@@ -100,6 +100,7 @@ class Config:
     layers_mb: int = _setting(
         -1, "MiB of memory that keep warmth layers; -1: an eighth of memory_mb; 0: none above base", _dram
     )
+    prefetch: bool = _setting(True, "read checkpoints into free memory when a version is deployed")
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")
     shutdown_grace: float = _setting(30.0, "seconds that running invocations get at a stop", _between(0.0, 3600.0))
@@ -311,6 +312,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _ALLOWED = {
     "int": "a whole number",
     "float": "a number",
+    "bool": "true or false",
     "bool | None": "true or false",
     "str": "text",
     "Path": "a path",
@@ -333,9 +335,9 @@ def _parse(item: Field, text: str, source: str) -> Any:
             return float(text)
     except ValueError:
         raise _bad(item, text, _ALLOWED[str(item.type)], source) from None
-    if item.type == "bool | None":
+    if item.type in ("bool", "bool | None"):
         if text.lower() not in _TRUE + _FALSE:
-            raise _bad(item, text, _ALLOWED["bool | None"], source)
+            raise _bad(item, text, _ALLOWED["bool"], source)
         return text.lower() in _TRUE
     return text
 
@@ -351,6 +353,7 @@ def _typed(item: Field, value: Any, source: str) -> Any:
         "int": isinstance(value, int) and not isinstance(value, bool),
         "float": isinstance(value, float),
         "str": isinstance(value, str) and "\0" not in str(value),
+        "bool": isinstance(value, bool),
         "bool | None": value is None or isinstance(value, bool),
         "Path": isinstance(value, Path),
     }[kind]

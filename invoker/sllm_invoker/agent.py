@@ -124,7 +124,7 @@ class Agent:
         endpoint, neighbours = self._endpoints()
         self.relay = Relay(core, endpoint, events, life=self.life, neighbours=neighbours, keys=keys)
         self.instances = Instances(place, self.relay, self._report)
-        self.checks = Checks(place, self.relay, self._checked, self._progress)
+        self.checks = Checks(place, self.relay, self._checked, self._progress, prefetch=config.prefetch)
         self.requests = Requests(self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave)
         self._digests = await asyncio.to_thread(self.ingests.digests)
         self.tier.start()
@@ -258,6 +258,7 @@ class Agent:
             self.config.node_memory_mb,
             len(self.instances),
             self.tier.resident(),
+            self.tier.pinned(),
             self.runtime.pool.layers(),
         )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):

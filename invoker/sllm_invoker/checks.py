@@ -26,9 +26,17 @@ LIMIT = 300.0
 
 class Checks:
     def __init__(
-        self, place: Place, relay: Relay, done: Callable[[Checked], None], progress: Callable[[Progress], None]
+        self,
+        place: Place,
+        relay: Relay,
+        done: Callable[[Checked], None],
+        progress: Callable[[Progress], None],
+        *,
+        prefetch: bool = True,
     ) -> None:
+        """`prefetch`: have the checkpoints of a version that passed in memory, where there is room."""
         self._place = place
+        self._prefetch = prefetch
         self._relay = relay
         self._done = done
         self._progress = progress
@@ -58,6 +66,7 @@ class Checks:
             await self._checkpoints(check, digests, sizes)
             if code_of(check.app.functions):
                 await self._import(check)
+            self._promote(check, digests)
         except NotReady as failed:
             error = failed.error
         except SllmError as failure:
@@ -95,6 +104,12 @@ class Checks:
                     if libs is not None:
                         libs.cancel()
                         await asyncio.gather(libs, return_exceptions=True)
+
+    def _promote(self, check: Check, digests: dict[str, str]) -> None:
+        """A deployment announces a first start: its checkpoints are read ahead of it, where that costs nobody."""
+        if self._prefetch:
+            for digest in {digests[spec.name] for spec in check.app.functions if spec.checkpoint is not None}:
+                self._place.tier.promote(digest, self._place.ingests.store.path(digest))
 
     async def _import(self, check: Check) -> None:
         place, specs = self._place, code_of(check.app.functions)

@@ -88,6 +88,11 @@ class Instances:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def _share_memory(self) -> None:
+        """What instances were promised is theirs: slabs have what is left of the node's memory."""
+        promised = sum(entry.start.spec.memory_mb for entry in self._entries.values())
+        self._place.tier.grant(self._place.memory_mb - promised)
+
     def reports(self) -> tuple[InstanceReport, ...]:
         return tuple(self._describe(entry) for entry in self._entries.values())
 
@@ -129,6 +134,7 @@ class Instances:
         container = Container(self._place, start.instance, start.target)
         entry = Entry(start, self._numbers, container, time.time())
         self._entries[start.instance] = entry
+        self._share_memory()
         spec = start.spec
         self._relay.add(
             Instance(
@@ -372,6 +378,7 @@ class Instances:
         entry.served = self._relay.core.served(entry.number)
         self._relay.gone(entry.number, state, detail)
         del self._entries[entry.start.instance]
+        self._share_memory()
         self._report(self._describe(entry))
         say = self._log.info if error is None else self._log.warning
         target = entry.start.target

@@ -30,6 +30,7 @@ from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import AnyMessage, Loaded, Seen
 from sllm_invoker.containers.tree import Tree
 
+MIB = 1024 * 1024
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 30.0
 """Seconds between two lives of a store process that keeps dying; doubled every time, from the first."""
@@ -94,6 +95,7 @@ class MemoryTier:
         self._kept: dict[int, _Kept] = {}
         self._filling: int | None = None
         self._largest = 0
+        self._granted_mb = limit_mb
         self._wait = FIRST_WAIT
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -102,6 +104,14 @@ class MemoryTier:
     def pid(self) -> int:
         """Of the store process; 0 while there is none."""
         return self._process.pid if self._process is not None else 0
+
+    def pinned(self) -> dict[str, int]:
+        """MiB in slabs of the checkpoints that stay there whatever else needs memory, by digest."""
+        with contextlib.suppress(OSError):
+            pins = {path.name for path in (self._root / "pins").iterdir()}
+            held = [kept.held for kept in self._kept.values() if kept.whole and kept.held.digest in pins]
+            return {each.digest: -(-each.bytes // MIB) for each in held}
+        return {}
 
     def resident(self) -> tuple[str, ...]:
         """Digests of the checkpoints that are whole in slabs."""
@@ -124,12 +134,28 @@ class MemoryTier:
         self._control = ours
         self._loop.add_reader(ours, self._readable)
         kept, self._kept = list(self._kept.values()), {}
+        if self._granted_mb < self._limit_mb:
+            self._send(channel.Limit(self._granted_mb * MIB))
         for each in kept:
             self._hand_over(each)
         if self._largest:
             self._send(channel.Expect(self._largest))
 
-    def open(self, digest: str, directory: Path, *, priority: int = 0, prefetch: bool = False) -> Opening:
+    def promote(self, digest: str, directory: Path) -> Opening:
+        """Have it read ahead of need where that costs nobody anything. `loaded` raises where it does, and where a load
+        came that needed the room."""
+        return self.open(digest, directory, prefetch=True, promote=True)
+
+    def grant(self, megabytes: int) -> None:
+        """Slabs may take so many MiB from now on, and never more than the tier was made for."""
+        granted = max(0, min(megabytes, self._limit_mb))
+        if granted != self._granted_mb:
+            self._granted_mb = granted
+            self._send(channel.Limit(granted * MIB))
+
+    def open(
+        self, digest: str, directory: Path, *, priority: int = 0, prefetch: bool = False, promote: bool = False
+    ) -> Opening:
         """Have it read, unless it is in memory. More urgent reads come first. `prefetch`: nobody attaches it yet."""
         self._count += 1
         future: asyncio.Future[Loaded] = self._loop.create_future()
@@ -144,7 +170,7 @@ class MemoryTier:
             future.set_exception(Unavailable("the checkpoint store is restarting."))
         else:
             self._requests[self._count] = opening
-            self._send(channel.Open(self._count, digest, str(directory), priority), fds)
+            self._send(channel.Open(self._count, digest, str(directory), priority, promote), fds)
         future.add_done_callback(_seen)
         return opening
 

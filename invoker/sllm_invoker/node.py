@@ -31,13 +31,19 @@ def host() -> str:
 
 
 def stats(
-    directory: Path, limit_mb: int, instances: int, resident: tuple[str, ...] = (), layers: tuple[str, ...] = ()
+    directory: Path,
+    limit_mb: int,
+    instances: int,
+    resident: tuple[str, ...] = (),
+    pinned: dict[str, int] | None = None,
+    layers: tuple[str, ...] = (),
 ) -> NodeStats:
-    """`limit_mb`: the memory this node may hand out in all; `resident`: digests of what is in its DRAM tier;
-    `layers`: keys of the warmth layers it has."""
+    """`limit_mb`: the memory this node may hand out in all; `resident`: digests of what is in its DRAM tier, `pinned`:
+    MiB of what has to stay there; `layers`: keys of the warmth layers it has."""
     disk = os.statvfs(directory)
     free = min(limit_mb, memory_available_mb())
-    return NodeStats(_step(free), _step(disk.f_bavail * disk.f_frsize // 2**20), instances, resident, layers)
+    free_disk = disk.f_bavail * disk.f_frsize // 2**20
+    return NodeStats(_step(free), _step(free_disk), instances, resident, layers, pinned or {})
 
 
 def address_towards(endpoint: str) -> str:

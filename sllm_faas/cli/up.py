@@ -35,7 +35,7 @@ def setting_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[...,
             flag = "--" + name.replace("_", "-")
             if secret or name in without:
                 continue
-            if kind == "bool | None":
+            if kind.startswith("bool"):
                 command = click.option(
                     f"{flag}/--no-{flag[2:]}", name, default=None, help=f"{help_[0].upper()}{help_[1:]}."
                 )(command)

@@ -132,7 +132,7 @@ class Candidates:
         row = self._free.rows.get(name) or self._row(node)[0]  # a cordoned node is in no index
         return Candidate(
             name,
-            need.alone_mb if name in need.attached else need.whole_mb,
+            need.alone_mb if self._counted(name, need) else need.whole_mb,
             row.mb if info.memory_mb else None,
             info.memory_mb,
             row.freeing_mb,
@@ -144,6 +144,10 @@ class Candidates:
             row.freeing_gpus,
             (lambda limit: self._movable(node, need.target, limit)) if self.migrate and movable else nothing,
         )
+
+    def _counted(self, node: str, need: Need) -> bool:
+        """Whether the checkpoint's memory there is in use already, with or without one more instance."""
+        return node in need.attached or (bool(need.digest) and need.digest in self.ledger.pinned(node))
 
     # -- estimates -------------------------------------------------------------------------------------------
 

@@ -282,8 +282,16 @@ class Ledger:
     # -- memory ----------------------------------------------------------------------------------------------
 
     def used_mb(self, node: str) -> int:
-        """Private memory of all instances there, and each checkpoint they attach once."""
-        return self._private.get(node, 0) + self._attached_mb.get(node, 0)
+        """Private memory of all instances there, each checkpoint they attach once, and what is pinned in memory though
+        nobody attaches it."""
+        shared = self._shared.get(node, {})
+        idle = sum(mb for digest, mb in self.pinned(node).items() if digest not in shared)
+        return self._private.get(node, 0) + self._attached_mb.get(node, 0) + idle
+
+    def pinned(self, node: str) -> dict[str, int]:
+        """digest -> MiB that stay in the node's memory whatever else needs it."""
+        known = self.state.nodes.get(node)
+        return known.stats.pinned if known is not None and known.stats is not None else {}
 
     def attached(self, digest: str) -> Collection[str]:
         """Nodes where an instance has the checkpoint attached, or soon will."""
@@ -311,7 +319,8 @@ class Ledger:
             total += instance.memory_mb
             if instance.digest:
                 count = ending[instance.digest] = ending.get(instance.digest, 0) + 1
-                if count == self._shared[instance.node][instance.digest]:
+                last = count == self._shared[instance.node][instance.digest]
+                if last and instance.digest not in self.pinned(instance.node):
                     total += self.size_mb(instance.digest)
         return total
 

@@ -346,6 +346,9 @@ class Machine:
     def _node_stats(self, event: ev.NodeStatsSeen) -> None:
         node = self._node(event.name, "stats")
         self.ledger.where.remove(node)
+        if self.ledger.pinned(node.name) != event.stats.pinned:
+            self.ledger.where.touch(node.name)
+            self.ledger.room_changed()
         node.stats = event.stats
         if event.stats.layers is not None:
             node.layers = sorted(event.stats.layers)

@@ -389,6 +389,8 @@ class NodeStats:
     """Digests of the checkpoints that are whole in its DRAM tier."""
     layers: tuple[str, ...] | None = None
     """Keys of the warmth layers that exist there (`sllm_faas.layers`); None: it does not tell."""
+    pinned: dict[str, int] = field(default_factory=dict)
+    """digest -> MiB in its DRAM tier that stay there whatever else needs memory."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

@@ -229,3 +229,101 @@ def test_a_removed_object_gives_its_memory_back(make, objects):
     tier.tier.gone("1")
     tier.tier.forget(a.digest)
     assert len(tier.tier.book.free) == 2
+
+
+# -- before anybody asks ---------------------------------------------------------------------------------------
+
+
+def promote(tier: Tier, checkpoint: CheckpointObject) -> Load | None:
+    return tier.tier.promote(checkpoint.digest, checkpoint.directory, "promotion")
+
+
+def test_a_promoted_checkpoint_is_in_memory_when_it_is_asked_for(make, objects):
+    tier, a = make(2), objects[0]
+    assert promote(tier, a) is not None
+    tier.until(lambda: tier.ended)
+    assert isinstance(tier.open(a, "1"), Residence)
+    assert tier.bytes_of(a) == a.part_path().read_bytes()
+    assert tier.opened == [a.digest]
+
+
+def test_a_promotion_takes_no_room_that_another_has(make, objects):
+    tier, (a, b, _) = make(2), objects
+    tier.have(a, "1")
+    tier.tier.gone("1")
+    assert promote(tier, b) is None
+    assert tier.bytes_of(a) == a.part_path().read_bytes()
+
+
+def test_what_was_promoted_and_never_asked_for_leaves_first(make, objects):
+    tier, (a, b, c) = make(4), objects
+    tier.have(a, "1")
+    tier.tier.gone("1")
+    promote(tier, b)
+    tier.until(lambda: len(tier.ended) == 2)
+    tier.tier.gone("promotion")
+    tier.have(c, "2")
+    assert tier.tier.book.find(a.digest) is not None
+    assert tier.tier.book.find(b.digest) is None
+
+
+def test_a_promotion_is_read_after_everything_that_somebody_waits_for(make, objects):
+    tier, (a, b, _) = make(4, gated=True), objects
+    promoted = promote(tier, a)
+    waited = tier.open(b, "1")
+    assert promoted.reading.priority < waited.reading.priority
+    tier.open(a, "2")
+    assert promoted.reading.priority == 0, "somebody waits for it now"
+
+
+def test_a_load_that_finds_no_room_beside_a_promotion_cancels_it(make, objects):
+    tier, (a, b, c) = make(2, gated=True), objects
+    promote(tier, a)
+    tier.open(b, "1")  # through the page cache: the memory is being written to
+    tier.gate.release(10**6)
+    tier.until(lambda: len(tier.ended) == 2)
+    assert {load.digest: type(error) for load, error in tier.ended} == {a.digest: Cancelled, b.digest: type(None)}
+    tier.have(c, "2")
+    assert tier.bytes_of(c) == c.part_path().read_bytes()
+
+
+# -- a limit that changes --------------------------------------------------------------------------------------
+
+
+def test_under_a_lower_limit_what_nobody_uses_gives_its_memory_back(make, objects):
+    tier, (a, b, _) = make(4), objects
+    tier.have(a, "1")
+    tier.have(b, "2")
+    tier.tier.gone("1")
+    tier.tier.limit(2 * SLAB)
+    assert (tier.tier.book.find(a.digest), len(tier.tier.pool.slabs)) == (None, 2)
+    assert tier.bytes_of(b) == b.part_path().read_bytes()
+
+
+def test_what_is_used_stays_over_the_limit_until_it_is_not_used(make, objects):
+    tier, a = make(4), objects[0]
+    tier.have(a, "1")
+    tier.tier.limit(0)
+    assert len(tier.tier.pool.slabs) == 2
+    assert tier.bytes_of(a) == a.part_path().read_bytes()
+    tier.tier.gone("1")
+    assert not tier.tier.pool.slabs
+
+
+def test_a_pinned_checkpoint_stays_over_the_limit(make, objects):
+    tier, a = make(4), objects[0]
+    tier.have(a, "1")
+    tier.pins.add(a.digest)
+    tier.tier.gone("1")
+    tier.tier.limit(0)
+    assert tier.bytes_of(a) == a.part_path().read_bytes()
+
+
+def test_under_a_higher_limit_there_is_room_again(make, objects):
+    tier, a = make(4), objects[0]
+    tier.tier.limit(0)
+    load = tier.have(a, "1")
+    assert load.residence is None
+    tier.tier.limit(4 * SLAB)
+    tier.tier.gone("1")
+    assert tier.have(a, "2").residence is not None

@@ -19,7 +19,7 @@ from sllm_invoker.logs import LogBook
 from sllm_invoker.memory_tier import MemoryTier, Opening
 from sllm_invoker.requests import Requests
 
-from sllm_faas.errors import CheckpointCorrupt
+from sllm_faas.errors import CheckpointCorrupt, StorageFull
 from sllm_faas.wire.codec import pack, unpack_as
 from sllm_faas.wire.messages import Reply, Request
 from tests.checkpoints.objects import checksum, make_object
@@ -297,3 +297,24 @@ async def test_a_listing_tells_what_is_in_memory_and_removing_frees_it(node, a, 
     assert node.tier.resident() == ()
     assert [item["digest"] for item in (await ask("checkpoint.list", {}))["checkpoints"]] == [b.digest]
     requests.close()
+
+
+async def test_memory_that_is_not_granted_is_given_back_and_not_taken_again_by_a_new_life(node, a):
+    opening = node.tier.open(a.digest, a.directory, prefetch=True)
+    await opening.loaded
+    node.tier.grant(0)
+    assert (await node.tier.look()).slabs == 0
+    os.kill(node.tier.pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while not node.tier.pid or node.tier.resident():
+            await asyncio.sleep(0)
+    reader = await node.attach(a)
+    assert (await reader.hear()).endswith("file")
+
+
+async def test_a_promotion_is_told_whether_it_came_into_memory(node, a, b):
+    loaded = await node.tier.promote(a.digest, a.directory).loaded
+    assert (loaded.tier, loaded.bytes) == ("disk", a.manifest.total_bytes)
+    with pytest.raises(StorageFull):
+        await node.tier.promote(b.digest, b.directory).loaded
+    assert (await node.residents())[a.digest].leases == 0

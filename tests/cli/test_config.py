@@ -65,6 +65,8 @@ def test_flag_beats_environment_beats_file_beats_default(
         ("log_level", "loud"),
         ("open_invoke", "maybe"),
         ("open_invoke", 1),
+        ("prefetch", "maybe"),
+        ("prefetch", 1),
         ("shutdown_grace", -0.1),
         ("shutdown_grace", float("nan")),
         ("shutdown_grace", float("inf")),

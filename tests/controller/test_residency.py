@@ -5,10 +5,11 @@ from __future__ import annotations
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.model import key_of
-from sllm_faas.spec import Target
+from sllm_faas.spec import CheckpointSpec, Target
+from sllm_faas.wire.messages import NodeStats
 from tests.controller.fakes import app, function
 from tests.controller.test_machine import deliver, deploy, settle, world
-from tests.controller.world import World
+from tests.controller.world import DIGEST, World
 
 F, G = Target("app", "f", 1), Target("app", "g", 1)
 START = 2.0
@@ -80,3 +81,29 @@ def test_who_waits_for_room_on_a_node_looks_elsewhere_when_that_node_takes_nothi
     assert f"being freed on {going.node}" in record.blocked
     made.feed(ev.NodeCordoned(going.node, True))
     assert going.node not in record.blocked
+
+
+def pinned(made: World, digest: str, megabytes: int) -> None:
+    """The node says that so much of its memory has to stay what it is."""
+    made.feed(ev.NodeStatsSeen("node-0", NodeStats(0, 0, 0, (digest,), pinned={digest: megabytes})))
+
+
+def test_an_instance_that_would_not_fit_beside_what_is_pinned_in_memory_is_not_started():
+    made = crowded()
+    pinned(made, "e" * 64, 250)
+    made.demand("g", F, 1)
+    settle(made)
+    assert not made.sent(cmd.SendStart)
+    pinned(made, "e" * 64, 150)
+    assert [start.body.target for start in made.sent(cmd.SendStart)] == [F]
+
+
+def test_an_instance_of_a_pinned_checkpoint_needs_no_memory_for_it_again():
+    made = world(("node-0", 500))
+    deploy(made, app(function("f", memory_mb=300, checkpoint=CheckpointSpec("org/model"))))
+    pinned(made, DIGEST, 256)
+    made.demand("g", F, 1)
+    settle(made)
+    assert not made.sent(cmd.SendStart), "256 MiB of weights and 300 of its own are more than 500"
+    pinned(made, DIGEST, 200)
+    assert made.sent(cmd.SendStart)

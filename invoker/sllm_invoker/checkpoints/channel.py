@@ -2,7 +2,7 @@
 descriptors beside it (SCM_RIGHTS).
 
     invoker ── Open + [channel end] ──► store          the other end of the channel is inherited by the container
-            ── Adopt + [slabs], Expect, Forget, Look ──►
+            ── Adopt + [slabs], Expect, Limit, Forget, Look ──►
             ◄── Opened, Loaded | NotLoaded, Held + [slabs], Whole, Dropped, Seen
     reader ── Attach ──► store                         the kernel vouches for its process (SCM_CREDENTIALS)
            ◄── Layout, Slabs + [slabs] …, Watermark …, Whole | NotLoaded
@@ -38,12 +38,13 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Open(Message, frozen=True):
     """Have `digest`, whose object is in `directory`, in memory; a channel end comes with it, or none to prefetch.
-    More urgent reads come first."""
+    More urgent reads come first. `promote`: only if that costs nobody anything; else NotLoaded."""
 
     request: int
     digest: str
     directory: str
     priority: int = 0
+    promote: bool = False
 
 
 class Opened(Message, frozen=True):
@@ -110,6 +111,12 @@ class Expect(Message, frozen=True):
     bytes: int
 
 
+class Limit(Message, frozen=True):
+    """Slabs may take so many bytes from now on."""
+
+    bytes: int
+
+
 class Forget(Message, frozen=True):
     """The object was removed."""
 
@@ -165,7 +172,7 @@ class Watermark(Message, frozen=True):
 
 
 AnyMessage = (
-    Open | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Forget | Look | Seen
+    Open | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Limit | Forget | Look | Seen
     | Attach | Layout | Slabs | Watermark
 )  # fmt: skip
 

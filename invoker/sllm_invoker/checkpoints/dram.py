@@ -5,6 +5,9 @@
 
 Small checkpoints, those that do not fit, and all of them where the limit is 0 stay in the page cache; whoever
 attaches cannot tell. Single-threaded but for the reader's and the pool's own threads, which only call `post`.
+A promotion is a load that nobody waits for yet: it takes only room that is nobody's, is read when nothing else is, and
+is cancelled when a load finds no room beside it. The limit may change at any time: over it, free slabs go first, then
+promotions, then what may be evicted; what is leased or pinned stays.
 Invariant: a load nobody waits for any more is cancelled; a residence is whole or its load is in `loads`.
 """
 
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sllm_faas.errors import Cancelled, CheckpointError, StorageFull
-from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose
+from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose, may_promote
 from sllm_invoker.checkpoints.object import Part, read_manifest
 from sllm_invoker.checkpoints.page_cache import resident
 from sllm_invoker.checkpoints.reader import Opener, Reader, Reading, ReadReport, open_direct
@@ -26,12 +29,15 @@ from sllm_invoker.checkpoints.slabs import SLAB_BYTES, Slab, SlabPool, fault
 FIRST_GUESS = 1e9
 """Bytes per second that the disk is taken to read until it was measured."""
 LEARNING = 0.3
+LEAST_URGENT = -1
+"""The priority of a promotion: below everybody's who waits."""
 
 
 @dataclass(slots=True, eq=False)
 class Load:
     """A checkpoint on its way, or in the page cache (`residence` None) where nothing needed to be read (`reading`
-    None). `holders` wait for it; `requests` is whoever else the caller wants to answer."""
+    None). `holders` wait for it; `requests` is whoever else the caller wants to answer. `promotion`: nobody has asked
+    for it yet."""
 
     digest: str
     directory: Path
@@ -40,6 +46,7 @@ class Load:
     reading: Reading | None = None
     holders: set[str] = field(default_factory=set)
     requests: list[int] = field(default_factory=list)
+    promotion: bool = False
 
 
 Post = Callable[[Callable[[], None]], None]
@@ -109,9 +116,31 @@ class DramTier:
                 self.book.lease(load.residence.number, holder)
         elif load.reading is not None:
             load.reading.hasten(priority)
+        load.promotion = False
         load.holders.add(holder)
         self.expect(part.bytes)  # another one, after this has what there is
         return load
+
+    def promote(self, digest: str, directory: Path, holder: str) -> Load | None:
+        """Have it read before anybody asks; None: it is here or under way, belongs into the page cache, or there is no
+        room for it. Raises as `open` does."""
+        part = self._part(digest, directory)
+        count = -(-part.bytes // self.pool.slab_bytes)
+        growth = max(0, self.pool.limit - len(self.pool.slabs))
+        there = digest in self.loads or self.book.find(digest) is not None
+        if there or part.bytes < self._small or not may_promote(count, len(self.book.free), growth):
+            return None
+        load = self._begin(digest, directory, part, LEAST_URGENT)
+        load.promotion = True
+        load.holders.add(holder)
+        self._replenish()
+        return load
+
+    def limit(self, size: int) -> None:
+        """From now on `size` bytes of slabs at most; what is leased, mapped or pinned goes over it when it must."""
+        self.pool.limit = size // self.pool.slab_bytes
+        self._settle()
+        self._replenish()
 
     def release(self, holder: str) -> None:
         """It does not wait or use any more. It may still map what it was handed."""
@@ -192,12 +221,21 @@ class DramTier:
     def _forsake(self, holder: str) -> None:
         for load in list(self.loads.values()):
             load.holders.discard(holder)
-            if not load.holders and load.reading is not None:
-                # Whoever wants it from now on begins anew: this one cannot be called back.
-                del self.loads[load.digest]
-                if load.residence is not None:
-                    self.book.disown(load.residence.number)
-                load.reading.cancel()
+            if not load.holders:
+                self._cancel(load)
+
+    def _cancel(self, load: Load) -> None:
+        """Whoever wants it from now on begins anew: this one cannot be called back."""
+        if load.reading is not None:
+            del self.loads[load.digest]
+            if load.residence is not None:
+                self.book.disown(load.residence.number)
+            load.reading.cancel()
+
+    def _cancel_promotions(self) -> None:
+        """Their slabs come free when the calls under way have ended."""
+        for load in [load for load in self.loads.values() if load.promotion]:
+            self._cancel(load)
 
     # -- room ------------------------------------------------------------------------------------------------
 
@@ -242,23 +280,41 @@ class DramTier:
             self.book.pins = self._pinned()
             chosen = choose(self.policy, self.book.evictable(), missing)
             if chosen is None:
+                self._cancel_promotions()
                 return False
-            for digest in chosen:
-                found = self.book.find(digest)
-                assert found is not None
-                self._evict(found)
+            self._evict_all(chosen)
         return True
+
+    def _evict_all(self, digests: list[str]) -> None:
+        for digest in digests:
+            found = self.book.find(digest)
+            assert found is not None
+            self._evict(found)
 
     def _evict(self, residence: Residence) -> None:
         self.book.retire(residence.number)
         self.policy.evicted(residence.digest)
         self._on_drop(residence.number)
-        self._settle()
+        self._drop()
 
     def _settle(self) -> None:
-        """Let go of the slabs that left the book."""
+        """Let go of the slabs that left the book, and of as many others as are beyond the limit."""
+        self._drop()
+        if self._excess() > 0:
+            self._cancel_promotions()
+            self.book.pins = self._pinned()
+            evictable = self.book.evictable()
+            chosen = choose(self.policy, evictable, self._excess())
+            self._evict_all(self.policy.order(evictable) if chosen is None else chosen)
+
+    def _drop(self) -> None:
+        self.book.shed(max(0, self._excess()))
         while self.book.dropped:
             self.pool.drop(self.book.dropped.pop())
+
+    def _excess(self) -> int:
+        """Slabs beyond the limit."""
+        return len(self.pool.slabs) - self.pool.limit - len(self.book.dropped)
 
 
 def _fault_all(slabs: list[Slab], size: int) -> None:

@@ -79,6 +79,12 @@ class Lru:
         return sorted(candidates, key=lambda digest: (self._last.get(digest, 0), digest))
 
 
+def may_promote(needed: int, free: int, growth: int) -> bool:
+    """Whether a checkpoint of `needed` slabs may come into memory before anybody asks for it: `free` ones are nobody's,
+    `growth` more may be made. It costs no other its place: what was asked for is worth more than what may be."""
+    return 0 < needed <= free + growth
+
+
 def choose(policy: Policy, candidates: dict[str, int], needed: int) -> list[str] | None:
     """The checkpoints to evict so that `needed` slabs come free; `candidates` maps each to its slabs. None when
     all of them together are too few: then nothing is evicted. One that the rest makes needless stays."""

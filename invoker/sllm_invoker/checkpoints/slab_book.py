@@ -84,6 +84,11 @@ class SlabBook:
         """A new slab, free; taken after those that are: its pages have to be made yet."""
         self.free.insert(0, slab)
 
+    def shed(self, count: int) -> None:
+        """At most `count` free slabs leave the book, those first that would be taken last."""
+        self.dropped += self.free[:count]
+        del self.free[:count]
+
     # -- residences ------------------------------------------------------------------------------------------
 
     def reserve(self, digest: str, size: int, count: int) -> Residence:

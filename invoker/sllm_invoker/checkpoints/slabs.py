@@ -93,6 +93,9 @@ class SlabPool:
     def drop(self, number: int) -> None:
         """Let go of a slab; its memory returns to the system with the last process that maps it."""
         slab = self.slabs.pop(number)
+        with self._changed:
+            if slab in self._cold:
+                self._cold.remove(slab)
         os.close(slab.fd)
         if slab.map is not None:
             with contextlib.suppress(BufferError):
@@ -130,7 +133,11 @@ class SlabPool:
 def fault(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> None:
     """Have the first `size` bytes in memory, so that no read waits for it. Best effort."""
     assert slab.map is not None
-    address = _address(slab.map)
+    try:
+        held = ctypes.c_char.from_buffer(slab.map)  # as long as this is there it stays mapped, dropped or not
+    except ValueError:  # dropped, and unmapped already
+        return
+    address = ctypes.addressof(held)
     for start in range(0, size, STEP):
         if stop() or not advise(address + start, min(STEP, size - start), MADV_POPULATE_WRITE):
             return

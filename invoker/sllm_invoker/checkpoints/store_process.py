@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sllm_faas.errors import SllmError, WireError, to_info
+from sllm_faas.errors import SllmError, StorageFull, WireError, to_info
 from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import AnyMessage
 from sllm_invoker.checkpoints.dram import DramTier, Load
@@ -213,6 +213,8 @@ class Store:
                 self._adopt()
             case channel.Expect():
                 self.tier.expect(message.bytes)
+            case channel.Limit():
+                self.tier.limit(message.bytes)
             case channel.Forget():
                 self.tier.forget(message.digest)
             case channel.Look():
@@ -220,13 +222,23 @@ class Store:
             case _:
                 channel.close_all(fds)
 
+    def _promote(self, message: channel.Open, holder: str) -> Load:
+        found = self.tier.promote(message.digest, Path(message.directory), holder)
+        if found is None:
+            raise StorageFull(f"nothing was read ahead of need: {message.digest[:12]} is here, or has no room.")
+        return found
+
     def _open(self, message: channel.Open, fds: list[int]) -> None:
         self._count += 1
         holder = f"{self._count}"
         theirs = socket.socket(fileno=fds[0]) if fds else None
         channel.close_all(fds[1:])
         try:
-            home = self.tier.open(message.digest, Path(message.directory), holder, message.priority)
+            home: Load | Residence
+            if message.promote:
+                home = self._promote(message, holder)
+            else:
+                home = self.tier.open(message.digest, Path(message.directory), holder, message.priority)
         except SllmError as error:
             self._control.send(channel.NotLoaded(message.request, to_info(error)))
             if theirs is not None:
