@@ -222,7 +222,7 @@ def test_no_such_directory_is_unavailable(tmp_path):
         open_object(tmp_path / "nothing")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_header_or_manifest_is_noticed_or_harmless(checkpoint, data):
     """Never anything but an error of ours: no crash, no foreign exception."""

@@ -181,7 +181,7 @@ def test_ten_thousand_histories_of_map_evict_reuse_and_kill():
     assert reused > 10_000, "the histories do not reuse slabs: they show nothing"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 7), st.integers(0, 60)), max_size=80))
 def test_no_history_lets_a_reader_see_other_bytes(slabs, steps):
     machine = Machine(slabs)

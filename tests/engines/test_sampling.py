@@ -59,7 +59,7 @@ def test_the_noise_of_some_tokens_is_that_of_all():
         assert (row[some] == noise).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 6),
     size=st.integers(1, 40),

@@ -76,7 +76,7 @@ def pieces(data, ids):
     return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, data=st.data())
 def test_streamed_text_is_the_decoded_text_however_it_is_cut(codec, text, data):
     ids = codec.encode(text)
@@ -85,7 +85,7 @@ def test_streamed_text_is_the_decoded_text_however_it_is_cut(codec, text, data):
     assert shown == codec.decode(ids)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(0, 258)), data=st.data())
 def test_any_ids_at_all_stream_to_one_text_however_they_are_cut(codec, ids, data):
     """Broken bytes and special tokens included."""
@@ -94,14 +94,14 @@ def test_any_ids_at_all_stream_to_one_text_however_they_are_cut(codec, ids, data
     assert "".join(cut.feed(piece) for piece in pieces(data, ids)) + cut.finish() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(0, 258)))
 def test_broken_bytes_of_a_byte_level_tokenizer_stream_to_their_decoded_text(chat, ids):
     detokenizer = Detokenizer(chat)
     assert detokenizer.feed(ids) + detokenizer.finish() == chat.decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS)
 def test_no_half_character_is_ever_shown(text):
     codec = TextCodec(_Bytes(), None, {})
@@ -133,7 +133,7 @@ def cut_at_stop(text, stops):
     return text, None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text("abc", max_size=30), stops=STOPS, data=st.data())
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(text, stops, data):
     matcher = StopMatcher(stops)
@@ -143,7 +143,7 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(text, stops, d
     assert not any(stop in shown for stop in stops)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text("abc", max_size=30), stops=STOPS)
 def test_only_what_could_begin_a_stop_string_is_withheld(text, stops):
     matcher = StopMatcher(stops)
@@ -153,7 +153,7 @@ def test_only_what_could_begin_a_stop_string_is_withheld(text, stops):
         assert withheld == "" or any(stop.startswith(withheld) for stop in stops)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text("abé€ ", max_size=25),
     stops=st.lists(st.text("abé€", min_size=1, max_size=3), max_size=2),

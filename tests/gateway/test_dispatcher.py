@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sllm_gateway.handle import Handle
 
@@ -372,7 +372,7 @@ async def test_leaving_ends_everything_with_a_reason(world: World) -> None:
 VERBS = ["submit", "stream", "done", "fail", "refuse", "output", "cancel", "cancelled", "grant", "time", "down", "take"]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 7)), max_size=50))
 def test_whatever_happens_every_call_ends_once_and_no_slot_is_lost(steps: list[tuple[str, int]]) -> None:
     async def scenario() -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sllm_gateway.handle import Handle
 
@@ -359,7 +359,7 @@ async def test_a_source_lost_after_the_commit_matters_to_nobody(moving: tuple[Wo
 VERBS = ["stream", "plain", "say", "done", "lost", "refuse", "cancel", "stopped", "moved", "down", "up", "time", "old"]
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 7)), max_size=60))
 def test_whatever_happens_a_client_sees_each_output_once_and_one_end(steps: list[tuple[str, int]]) -> None:
     """Outputs are their own ordinals, so what a client sees must count up from zero without a gap."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_faas.errors import BadRequest
@@ -103,7 +103,7 @@ def test_one_apps_flood_leaves_the_other_its_instances():
     policy=st.sampled_from(sorted(POLICIES)),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, derandomize=True)
 def test_whatever_the_scenario_nobody_is_lost_and_the_controller_is_consistent(
     nodes, gpus, count, rate, arrivals, where, policy, seed
 ):
