@@ -94,6 +94,7 @@ class Checks:
                             base=digests.get(spec.name, ""),
                         )
                         digests[key], sizes[found] = found, size
+                        self._place.tier.expect(size)
                     if libs is not None:
                         # … and a model whose skeleton cannot be made is not one that can be served.
                         self._progress(Progress(request, "prepare"))

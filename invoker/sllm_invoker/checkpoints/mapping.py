@@ -21,6 +21,8 @@ _FAILED = ctypes.c_void_p(-1).value
 MADV_HUGEPAGE = 14
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
+HUGE_PAGE = 2 * 1024 * 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -53,6 +55,22 @@ class Mapping:
         if self._reserved:
             _libc.munmap(self.address, self._reserved)
             self._reserved = 0
+
+
+def map_shared(fd: int, length: int) -> Mapping:
+    """A file of `length` bytes, whole pages, as itself: writes are the file's. It lies where huge pages can be mapped.
+    Raises OSError."""
+    base = _mmap(None, length + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, _PROT_NONE)
+    address = -(-base // HUGE_PAGE) * HUGE_PAGE
+    try:
+        _mmap(address, length, mmap.MAP_SHARED | _MAP_FIXED, fd)
+    except OSError:
+        _libc.munmap(base, length + HUGE_PAGE)
+        raise
+    for start, end in ((base, address), (address + length, base + length + HUGE_PAGE)):
+        if end > start:
+            _libc.munmap(start, end - start)
+    return Mapping(address, length, length)
 
 
 def map_file(fd: int, length: int) -> Mapping:

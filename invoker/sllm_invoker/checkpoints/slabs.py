@@ -2,14 +2,14 @@
 
 First touch of fresh memory costs about a CPU-second per GiB, so one thread of low priority faults those that
 will be needed (`warm`); what is missing then is faulted by whoever needs it. A slab is sealed: readers
-can map it private only (F_SEAL_FUTURE_WRITE), and nobody can change its size. Huge pages where the system allows
-them for shared memory. Not here: who holds a slab (`slab_book`). Invariant: no more than `limit` slabs are made.
+can map it private only (F_SEAL_FUTURE_WRITE), and nobody can change its size. What is faulted ahead is in huge pages
+wherever the kernel can make them, whatever its defaults say: readers then map 2 MiB at a time. Not here: who holds a
+slab (`slab_book`). Invariant: no more than `limit` slabs are made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -19,11 +19,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sllm_faas.errors import StorageFull
-from sllm_invoker.checkpoints.mapping import MADV_HUGEPAGE, MADV_POPULATE_WRITE, advise
+from sllm_invoker.checkpoints.mapping import (
+    HUGE_PAGE,
+    MADV_COLLAPSE,
+    MADV_HUGEPAGE,
+    MADV_POPULATE_WRITE,
+    Mapping,
+    advise,
+    map_shared,
+)
 
 SLAB_BYTES = 64 * 1024 * 1024
 STEP = 4 * 1024 * 1024
 """Bytes faulted at a time: the address space is locked that long against the threads that load."""
+HUGE_STEP = 16 * 1024 * 1024
+"""Bytes made into huge pages at a time: the kernel settles its books of pages once for each call."""
 _F_ADD_SEALS = 1033
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = 1, 2, 4, 16
 _LOWEST = 19
@@ -35,12 +45,12 @@ class Slab:
 
     number: int
     fd: int
-    map: mmap.mmap | None
+    map: Mapping | None
 
     @property
     def view(self) -> memoryview:
         assert self.map is not None, "an adopted slab is never written"
-        return memoryview(self.map)
+        return memoryview(self.map.buffer).cast("B")
 
     @property
     def adopted(self) -> bool:
@@ -77,11 +87,11 @@ class SlabPool:
         fd = os.memfd_create("sllm-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, self.slab_bytes)
-            memory = mmap.mmap(fd, self.slab_bytes)
+            memory = map_shared(fd, self.slab_bytes)
         except OSError as error:
             os.close(fd)
             raise StorageFull(f"no memory for a slab of {self.slab_bytes} bytes: {error.strerror}.") from error
-        advise(_address(memory), self.slab_bytes, MADV_HUGEPAGE)
+        advise(memory.address, self.slab_bytes, MADV_HUGEPAGE)
         with contextlib.suppress(OSError):  # before Linux 5.1: readers are trusted not to map it writable
             fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL | _SHRINK | _GROW | _FUTURE_WRITE)
         return self._keep(fd, memory)
@@ -91,15 +101,15 @@ class SlabPool:
         return self._keep(fd, None)
 
     def drop(self, number: int) -> None:
-        """Let go of a slab; its memory returns to the system with the last process that maps it."""
+        """Let go of a slab, which nobody reads or writes here any more; its memory returns to the system with the last
+        process that maps it."""
         slab = self.slabs.pop(number)
         with self._changed:
             if slab in self._cold:
                 self._cold.remove(slab)
         os.close(slab.fd)
         if slab.map is not None:
-            with contextlib.suppress(BufferError):
-                slab.map.close()
+            slab.map.unmap()  # whoever still faults it is refused by the kernel
 
     def close(self) -> None:
         """Let go of all of them."""
@@ -110,7 +120,7 @@ class SlabPool:
         for number in list(self.slabs):
             self.drop(number)
 
-    def _keep(self, fd: int, memory: mmap.mmap | None) -> Slab:
+    def _keep(self, fd: int, memory: Mapping | None) -> Slab:
         self._numbers += 1
         slab = self.slabs[self._numbers] = Slab(self._numbers, fd, memory)
         return slab
@@ -127,21 +137,26 @@ class SlabPool:
                 if self._closing:
                     return
                 slab = self._cold.popleft()
-            fault(slab, self.slab_bytes, lambda: self._closing)
+            enlarge(slab, self.slab_bytes, lambda: self._closing)
 
 
 def fault(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> None:
     """Have the first `size` bytes in memory, so that no read waits for it. Best effort."""
     assert slab.map is not None
-    try:
-        held = ctypes.c_char.from_buffer(slab.map)  # as long as this is there it stays mapped, dropped or not
-    except ValueError:  # dropped, and unmapped already
-        return
-    address = ctypes.addressof(held)
     for start in range(0, size, STEP):
-        if stop() or not advise(address + start, min(STEP, size - start), MADV_POPULATE_WRITE):
+        if stop() or not advise(slab.map.address + start, min(STEP, size - start), MADV_POPULATE_WRITE):
             return
 
 
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+def enlarge(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> None:
+    """`fault`, in huge pages as far as the kernel makes them when it is asked outright (Linux 6.1). It takes a page to
+    begin with, one of each; what is being read into stays as it is."""
+    assert slab.map is not None
+    for start in range(slab.map.address, slab.map.address + size, HUGE_STEP):
+        if stop():
+            return
+        length = min(HUGE_STEP, slab.map.address + size - start)
+        for first in range(start, start + length, HUGE_PAGE):
+            advise(first, mmap.PAGESIZE, MADV_POPULATE_WRITE)
+        if not advise(start, length, MADV_COLLAPSE):
+            advise(start, length, MADV_POPULATE_WRITE)

@@ -1,0 +1,62 @@
+"""Slabs: memory that lies where huge pages can be, and what a reader maps of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sllm_invoker.checkpoints.mapping import HUGE_PAGE, map_slabs
+from sllm_invoker.checkpoints.slabs import Slab, SlabPool, enlarge
+
+SLAB = 8 * 1024 * 1024
+
+
+@pytest.fixture
+def pool() -> Iterator[SlabPool]:
+    made = SlabPool(2, slab_bytes=SLAB)
+    yield made
+    made.close()
+
+
+def smaps(address: int) -> dict[str, int]:
+    """KiB by name of the map that begins at `address`."""
+    whole = Path("/proc/self/smaps").read_text()
+    found = whole[whole.index(f"{address:x}-") :].partition("VmFlags")[0]
+    return {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", found, re.MULTILINE)}
+
+
+def created(pool: SlabPool) -> Slab:
+    made = pool.create()
+    assert made is not None
+    assert made.map is not None
+    return made
+
+
+def test_what_is_written_to_slabs_is_what_a_reader_maps_in_order(pool):
+    slabs = [created(pool), created(pool)]
+    for number, slab in enumerate(slabs):
+        slab.view[:] = bytes([number + 1]) * SLAB
+    mapping = map_slabs([slab.fd for slab in slabs], SLAB, 2 * SLAB)
+    try:
+        assert bytes(memoryview(mapping.buffer).cast("B")) == b"\1" * SLAB + b"\2" * SLAB
+    finally:
+        mapping.unmap()
+
+
+def test_a_slab_faulted_ahead_is_whole_in_memory_empty_and_in_huge_pages_or_none(pool):
+    slab = created(pool)
+    assert slab.map.address % HUGE_PAGE == 0
+    enlarge(slab, SLAB)
+    found = smaps(slab.map.address)
+    assert found["Rss"] == SLAB // 1024
+    assert found["ShmemPmdMapped"] in range(0, SLAB // 1024 + 1, HUGE_PAGE // 1024)
+    assert not any(slab.view)
+
+
+def test_a_slab_that_was_let_go_of_is_faulted_by_nobody(pool):
+    slab = created(pool)
+    pool.drop(slab.number)
+    enlarge(slab, SLAB)
+    assert not pool.slabs
