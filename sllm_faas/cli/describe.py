@@ -139,6 +139,9 @@ def _show_function(function: dict[str, Any]) -> None:
             retry = f", tried again in {output.duration(target['retry_in'])}" if target["retry_in"] else ""
             click.echo(output.style(f"\nCannot start ({target['failures']} times{retry}): ", fg="red"), nl=False)
             click.echo(target["error"]["message"])
+        if target["panics_for"]:
+            more = output.duration(target["panics_for"])
+            click.echo(f"\nPanics: twice what is ready was asked for; nothing is scaled down for {more}.")
         if target["blocked"]:
             click.echo(f"\nWaits: {target['blocked']}")
         for item in target["instances"]:

@@ -3,9 +3,14 @@
     desired   what the demand of this moment asks for
     held      the most that was asked for within a window, so a dip does not stop what is needed again soon
     spare     what stays beyond that while there is load, because arrivals vary by chance
+    panic     demand has lately been twice what the ready ones can take: nothing is scaled down
 
 An instance stays while `held(scaledown_window)` and `spare` ask for it, and for `scaledown_window` after it became
 ready. A start is cancelled when `held(START_HOLD)` does not ask for it any more: nobody waits, it would serve no one.
+
+Stable and panic windows are Knative's (its KPA: panic when the short window asks for twice the capacity, until it has
+not for a whole stable window), with two differences. What waits now is started for now, in calm too, so the windows
+only decide on scaling down. And the short window is an exponential mean, one number instead of a list of samples.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from sllm_faas.controller.model import Pressure
 from sllm_faas.spec import Scaling
 
 START_HOLD = 1.0
@@ -21,6 +27,15 @@ that never finish; short, because a start that serves nobody holds memory and ba
 
 FEW = 4
 """Below so many instances none is spare: they are dear, and a start each is soon made."""
+
+PANIC_WINDOW = 6.0
+"""Seconds over which demand is averaged for it: the time constant of an exponential mean."""
+PANIC = 2.0
+"""Times the capacity that is ready."""
+SURELY = 0.01
+"""Seconds after the mean has reached it, so that no rounding has somebody look at it too early for ever."""
+STABLE_WINDOW = 60.0
+"""Seconds a panic outlasts its cause; the `scaledown_window` of who chose a shorter one."""
 
 BACKOFF_LIMIT = 60.0
 CRASH_WINDOW = 10.0
@@ -59,3 +74,28 @@ def spare(count: int, least: int) -> int:
     by which random load of that size varies (the square-root staffing rule). Without it a slow decline stops and starts
     instances by turns."""
     return math.isqrt(count) if count >= FEW and count > least else 0
+
+
+def note_load(pressure: Pressure, now: float, load: int, capacity: int, wanted: int, stable: float) -> int:
+    """Take in what is asked for now, in invocations and in instances, and what the ready ones can take at once.
+    Returns how many instances must stay because of a panic; 0: there is none. `stable`: as STABLE_WINDOW.
+
+    With nothing ready there is no panic: whatever is asked for then is a first start, not too little of something.
+    """
+    pressure.mean += (pressure.load - pressure.mean) * -math.expm1(min(0.0, pressure.at - now) / PANIC_WINDOW)
+    pressure.at, pressure.load = now, load
+    if capacity and stable > 0 and pressure.mean >= PANIC * capacity:
+        pressure.until = now + min(stable, STABLE_WINDOW)
+    if pressure.until <= now:
+        pressure.until, pressure.most = 0.0, 0
+        return 0
+    pressure.most = max(pressure.most, wanted)
+    return pressure.most
+
+
+def panics_in(pressure: Pressure, capacity: int) -> float | None:
+    """Seconds after which the demand there is has made a panic of itself, if nothing changes; None: it would not."""
+    limit = PANIC * capacity
+    if not capacity or pressure.until or pressure.mean >= limit or pressure.load <= limit:
+        return None
+    return PANIC_WINDOW * math.log((pressure.load - pressure.mean) / (pressure.load - limit)) + SURELY

@@ -159,10 +159,24 @@ class MoveRecord:
 
 
 @dataclass(slots=True)
+class Pressure:
+    """A target's demand in invocations, averaged over the short window, and whether it panics. `load`: since `at`."""
+
+    mean: float = 0.0
+    at: float = 0.0
+    load: int = 0
+    until: float = 0.0
+    """When the panic ends; 0: there is none."""
+    most: int = 0
+    """The most instances that were asked for in it."""
+
+
+@dataclass(slots=True)
 class TargetState:
     target: Target
     desired: int = 0
     peaks: list[tuple[float, int]] = field(default_factory=list)
+    pressure: Pressure = field(default_factory=Pressure)
     failures: int = 0
     """Starts or fresh instances that failed in a row."""
     retry_at: float = 0.0

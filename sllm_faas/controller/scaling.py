@@ -102,6 +102,11 @@ class Scaler:
         live = self.ledger.live(key)
         if self.ledger.note_spare(key, want, live):
             self.ledger.room_changed()
+        capacity = sum([i.concurrency for i in live if i.state == "ready"])
+        stable = window if mode == "serving" else 0.0
+        kept = autoscale.note_load(record.pressure, now, waiting + running, capacity, want, stable)
+        if waiting and stable and (soon := autoscale.panics_in(record.pressure, capacity)) is not None:
+            self.ledger.wake_target(record, now + soon)
         blocked = ""
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live)
@@ -110,7 +115,7 @@ class Scaler:
         elif len(live) > want:
             hold = 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD
             least = self.scaling_of(target, spec).min_containers if spec is not None else 0
-            self._shrink(record, window, hold, least, live)
+            self._shrink(record, window, hold, least, live, kept)
         self._block(record, key, blocked)
         if mode == "gone" and waiting:
             record.error = to_info(
@@ -158,19 +163,22 @@ class Scaler:
             return why
         return ""
 
-    def _shrink(self, record: TargetState, window: float, hold: float, least: int, live: Sequence[Instance]) -> None:
-        """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest."""
+    def _shrink(
+        self, record: TargetState, window: float, hold: float, least: int, live: Sequence[Instance], kept: int
+    ) -> None:
+        """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest. `kept`:
+        so many stay because of a panic."""
         now, count = self.ledger.now, len(live)
         ready = [instance for instance in live if instance.state == "ready"]
         if len(ready) < count:
-            keep = autoscale.held(record.peaks, now, record.desired, hold)
+            keep = max(kept, autoscale.held(record.peaks, now, record.desired, hold))
             for instance in reversed([instance for instance in live if instance.state != "ready"]):
                 if count <= keep:
                     break
                 self.stop(instance, "nobody waits for it any more", 0.0)
                 count -= 1
         keep = autoscale.held(record.peaks, now, record.desired, window)
-        keep += autoscale.spare(keep, least) if window else 0
+        keep = max(kept, keep + (autoscale.spare(keep, least) if window else 0))
         if count > keep:
             rested = [instance for instance in ready if (instance.ready or 0.0) + window <= now]
             for instance in sorted(rested, key=lambda i: (i.running, -(i.ready or 0.0), -i.seq)):
@@ -181,6 +189,7 @@ class Scaler:
         if count > record.desired:
             times = [until + span for until, _ in record.peaks for span in (hold, window)]
             times += [(instance.ready or 0.0) + window for instance in ready]
+            times += [record.pressure.until] if kept else []
             later = [when for when in times if when > now]
             if later:
                 self.ledger.wake_target(record, min(later))

@@ -137,6 +137,8 @@ class Views:
             "desired": record.desired,
             "waiting": waiting,
             "running": running,
+            "load": round(record.pressure.mean, 3),
+            "panics_for": round(record.pressure.until - now, 3) if record.pressure.until > now else None,
             "failures": record.failures,
             "retry_in": round(record.retry_at - now, 3) if record.retry_at > now else None,
             "error": error(record.error),

@@ -197,13 +197,14 @@ MOVING = {
 
 def test_describe_function_says_why_its_instances_are_where_they_are(sllm: Run, fake: Any) -> None:
     target = {"target": "demo/square@3", "failures": 0, "retry_in": None, "error": None, "blocked": "no room",
-              "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
+              "panics_for": 42.0, "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
     body = {**FUNCTION, "desired": 1, "targets": [target], "starts": [], "moves": [MOVE], "moving": [MOVING]}
     fake.answers["GET /v1/functions/demo/square"] = Answer(body=body)
     code, out, _ = sllm("describe", "demo/square")
     assert code == 0
     for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none",
-                 "node-1: 0.30 s", "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms"):  # fmt: skip
+                 "down for 42", "node-1: 0.30 s",
+                 "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms"):  # fmt: skip
         assert text in out
 
 

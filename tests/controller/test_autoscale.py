@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_faas.controller import autoscale
+from sllm_faas.controller.model import Pressure
 from sllm_faas.spec import Scaling
 
 
@@ -82,3 +83,63 @@ def test_held_is_the_highest_within_the_window(changes, window):
         current = value
         expected = max([current, *(number for until, number in past if until + window > now)])
         assert autoscale.held(peaks, now, current, window) == expected
+
+
+# -- panic -------------------------------------------------------------------------------------------------------
+
+
+def fed(*loads: tuple[float, int], capacity: int = 1, stable: float = 60.0) -> tuple[Pressure, list[int]]:
+    """Of loads at times: what must stay after each."""
+    pressure = Pressure()
+    return pressure, [autoscale.note_load(pressure, at, load, capacity, load, stable) for at, load in loads]
+
+
+def test_twice_the_ready_capacity_over_the_short_window_is_a_panic():
+    _, kept = fed((0.0, 0), (10.0, 4), (12.0, 4), (20.0, 4))
+    assert kept == [0, 0, 0, 4]
+
+
+def test_a_spike_that_the_short_window_hardly_sees_is_none():
+    _, kept = fed((0.0, 1), (10.0, 6), (10.5, 1), (11.0, 1), (70.0, 1))
+    assert kept == [0] * 5
+
+
+def test_a_first_start_is_no_panic():
+    _, kept = fed((0.0, 10), (30.0, 10), capacity=0)
+    assert kept == [0, 0]
+
+
+@pytest.mark.parametrize(("stable", "until"), [(600.0, 80.0), (60.0, 80.0), (5.0, 25.0)])
+def test_a_panic_outlasts_its_cause_by_the_stable_window_or_the_functions_own(stable, until):
+    pressure, kept = fed((0.0, 8), (20.0, 2), stable=stable)
+    assert (pressure.until, kept) == (until, [0, 2])
+    assert autoscale.note_load(pressure, until - 0.01, 0, 100, 3, stable) == 3
+    assert autoscale.note_load(pressure, until, 0, 100, 0, stable) == 0
+    assert pressure.until == 0.0
+
+
+def test_it_keeps_the_most_that_was_asked_for_in_it():
+    _, kept = fed((0.0, 8), (20.0, 8), (21.0, 3), (22.0, 5))
+    assert kept == [0, 8, 8, 8]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 30.0), st.integers(0, 50)), min_size=1, max_size=20),
+    st.integers(1, 10),
+)
+def test_who_looks_again_when_told_to_finds_the_panic(steps, capacity):
+    pressure, now = Pressure(), 0.0
+    for gap, load in steps:
+        now += gap
+        autoscale.note_load(pressure, now, load, capacity, load, 60.0)
+    soon = autoscale.panics_in(pressure, capacity)
+    if soon is not None:
+        assert autoscale.note_load(pressure, now + soon, pressure.load, capacity, 1, 60.0) == 1
+
+
+def test_time_that_stands_still_or_goes_back_changes_no_mean():
+    pressure, _ = fed((5.0, 3), (8.0, 3))
+    before = pressure.mean
+    autoscale.note_load(pressure, 8.0, 9, 100, 9, 60.0)
+    autoscale.note_load(pressure, 7.0, 9, 100, 9, 60.0)
+    assert pressure.mean == before

@@ -318,6 +318,22 @@ def test_a_start_that_nobody_waits_for_is_cancelled():
     assert (stop.drain, stop.reason) == (0.0, "nobody waits for it any more")
 
 
+def test_a_start_is_not_cancelled_while_the_target_panics():
+    made = world(("node-0", 10_000))
+    deploy(made, app(function(scaledown_window=60.0)))
+    made.demand("g", F, 1)
+    settle(made)
+    made.demand("g", F, 4, 1)  # of which one instance is ready
+    deliver(made)
+    made.tick(made.now + 20.0)
+    assert made.live(F) == 5
+    made.demand("g", F, 0, 0)
+    made.tick(made.now + 50.0)
+    assert made.live(F) == 5
+    made.tick(made.now + 11.0)
+    assert made.live(F) == 0
+
+
 def test_a_lost_gateways_demand_vanishes():
     made = world()
     deploy(made, app(function(scaledown_window=0.0)))
