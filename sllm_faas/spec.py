@@ -74,18 +74,22 @@ class Scaling:
     """How many instances. `scaledown_window` is the seconds an idle instance stays beyond `min_containers`.
 
     `buffer_containers` are kept ready beyond what running and waiting invocations need, while there are any.
+    `target_tokens` is how many tokens, in running contexts and waiting prompts, there may be to an instance of a
+    language model before another is wanted; 0: requests alone count.
     """
 
     min_containers: int = 0
     max_containers: int = 8
     buffer_containers: int = 0
     scaledown_window: float = 60.0
+    target_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check_range("min_containers", self.min_containers, 0, 10_000)
         _check_range("max_containers", self.max_containers, 1, 10_000)
         _check_range("buffer_containers", self.buffer_containers, 0, 10_000)
         _check_range("scaledown_window (seconds)", self.scaledown_window, 0.0, 7 * 86400.0)
+        _check_range("target_tokens", self.target_tokens, 0, 10**9)
         if self.min_containers > self.max_containers:
             raise ValueError(
                 f"min_containers is {self.min_containers}; allowed: at most max_containers ({self.max_containers})"

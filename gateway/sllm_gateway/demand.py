@@ -27,13 +27,13 @@ class DemandReporter:
     def __init__(
         self,
         counts: Callable[[Target], tuple[int, int]],
-        oldest: Callable[[Target], float],
+        line: Callable[[Target], tuple[float, int]],
         report: Callable[[Demand], bool],
         want: Callable[[Target], None],
         forget: Callable[[Target], None],
     ) -> None:
         self._counts = counts
-        self._oldest = oldest
+        self._line = line
         self._report = report
         self._want = want
         self._forget = forget
@@ -82,7 +82,7 @@ class DemandReporter:
             self._want(target)
             now = self._counts(target)
             if now != sent.get(target, _IDLE) or (again and now != _IDLE):
-                items.append(TargetDemand(target, *now, self._oldest(target)))
+                items.append(TargetDemand(target, *now, *self._line(target)))
             elif now == _IDLE:
                 self._forget(target)
         if items and not self._report(Demand(tuple(items))):

@@ -45,6 +45,8 @@ class Call:
     context: bytes = b""
     way: Way = "never"
     """How it can go on when its instance is lost."""
+    tokens: int = 0
+    """Of its prompt, about."""
 
     def begin(self, now: float, window: int) -> Invocation:
         """The invocation of this call, submitted at `now`; a stream may send `window` outputs ahead of its reader."""
@@ -58,6 +60,7 @@ class Call:
             timeouts=self.timeouts,
             retries=self.retries,
             credit=window if self.stream else NO_LIMIT,
+            tokens=self.tokens,
         )
 
 

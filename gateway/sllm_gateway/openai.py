@@ -43,6 +43,10 @@ _encode = msgspec.json.Encoder().encode
 _object = msgspec.json.Decoder(dict[str, Any])
 
 
+BYTES_PER_TOKEN = 4
+"""Of a request that waits, about: tokens are counted where the tokenizer is."""
+
+
 class OpenAI:
     def __init__(self, dispatcher: Dispatcher, gate: Gate, streams: Streams) -> None:
         self._dispatcher = dispatcher
@@ -146,6 +150,7 @@ class OpenAI:
             "",
             context,
             way_of("llm", method, None),
+            len(payload) // BYTES_PER_TOKEN,
         )
 
     # -- models ----------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Targets:
         self._wanting: set[Target] = set()
         """Where the last WANT may have asked for something."""
         self._clocks: dict[Target, TargetClock] = {}
-        self._demand = DemandReporter(self._counts, self._oldest, report, self._tell_wants, self._forget)
+        self._demand = DemandReporter(self._counts, self._line, report, self._tell_wants, self._forget)
 
     def close(self) -> None:
         self._demand.close()
@@ -186,9 +186,10 @@ class Targets:
     def _counts(self, target: Target) -> tuple[int, int]:
         return self.queue.waiting(target), self._running.get(target, 0)
 
-    def _oldest(self, target: Target) -> float:
+    def _line(self, target: Target) -> tuple[float, int]:
+        """Age in seconds of the oldest that waits, and about how many tokens do."""
         oldest = self.queue.oldest(target)
-        return self._clock() - oldest.submitted if oldest is not None else 0.0
+        return self._clock() - oldest.submitted if oldest is not None else 0.0, self.queue.tokens(target)
 
     def _forget(self, target: Target) -> None:
         if not self.queue.waiting(target) and target not in self._running:

@@ -70,6 +70,8 @@ class LlmOptions(_CommonOptions, total=False):
 
     concurrency: int
     """Requests one instance works on at once."""
+    target_tokens: int
+    """Tokens to an instance, running and waiting, before another is wanted; 0: only requests count."""
     adapters: Mapping[str, str | Path | CheckpointSpec]
     """LoRA adapters of the checkpoint by name, each served as the model `function:name`."""
 
@@ -83,6 +85,7 @@ _NUMBERS: dict[str, type] = {
     "max_queue": int,
     "cancel_grace": float,
     "concurrency": int,
+    "target_tokens": int,
 }
 
 

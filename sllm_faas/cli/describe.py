@@ -127,6 +127,7 @@ def _show_function(function: dict[str, Any]) -> None:
                 f"{scaling['min_containers']} to {scaling['max_containers']}, {scaling['buffer_containers']} spare, "
                 f"idle for {scaling['scaledown_window']:g} s; wanted now: {function['desired']}",
             ),
+            ("tokens", _tokens(scaling["target_tokens"], function["targets"])),
             ("timeouts", {name: "none" if limit is None else f"{limit:g} s" for name, limit in timeouts.items()}),
             ("memory", output.size(function["memory_mb"] << 20)),
             ("secrets", function["secrets"]),
@@ -151,6 +152,12 @@ def _show_function(function: dict[str, Any]) -> None:
             click.echo(f"\nLast choice of a node: {target['placement']}")
     _moves(function)
     _starts(function["starts"])
+
+
+def _tokens(limit: int, targets: list[dict[str, Any]]) -> str | None:
+    """Only where they are counted."""
+    now = sum(target["tokens"] for target in targets)
+    return f"{limit} to an instance; running and waiting now: about {now}" if limit else None
 
 
 def _show_node(node: dict[str, Any]) -> None:

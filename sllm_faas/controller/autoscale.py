@@ -47,10 +47,17 @@ Peak = tuple[float, int]
 """(until, desired): this many were asked for until that time."""
 
 
-def desired(scaling: Scaling, concurrency: int, waiting: int, running: int) -> int:
-    """clamp(ceil((waiting + running) / concurrency) + buffer, min, max); the buffer only while there is any load."""
+def desired(scaling: Scaling, concurrency: int, waiting: int, running: int, tokens: int = 0) -> int:
+    """clamp(ceil((waiting + running) / concurrency) + buffer, min, max); the buffer only while there is any load.
+
+    With `target_tokens`, no fewer than ceil(`tokens` / target_tokens), those that wait and those that run: a few long
+    prompts keep an instance as busy as many short ones. But no request can be shared: at most one instance for each.
+    """
     load = waiting + running
-    wanted = -(-load // concurrency) + (scaling.buffer_containers if load else 0)
+    wanted = -(-load // concurrency)
+    if scaling.target_tokens:
+        wanted = max(wanted, min(load, -(-tokens // scaling.target_tokens)))
+    wanted += scaling.buffer_containers if load else 0
     return max(scaling.min_containers, min(scaling.max_containers, wanted))
 
 

@@ -368,6 +368,11 @@ class Ledger:
             running += item.running
         return waiting, running
 
+    def tokens(self, key: str) -> int:
+        """In the prompts that wait for the target, about, and in the contexts that run."""
+        waiting = sum(item.tokens for item in self._demand.get(key, {}).values())
+        return waiting + sum(instance.tokens for instance in self._by_target.get(key, {}).values() if instance.running)
+
     def room_changed(self) -> None:
         """There may be room where there was none, or none where it was awaited: who waits for room looks anew."""
         for key in self.state.blocked:

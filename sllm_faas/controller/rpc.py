@@ -5,7 +5,7 @@ booleans, None, lists, maps with text keys), so a gateway may hand it on as JSON
 A body with an unknown op, a missing field or a value of the wrong type is a `BadRequest` (`BadSpec` for a spec).
 
     E (an error)     {code, message, hint, param, status, retry_after, type, traceback} | None
-    S (scaling)      {min_containers, max_containers, buffer_containers, scaledown_window}
+    S (scaling)      {min_containers, max_containers, buffer_containers, scaledown_window, target_tokens}
     T (timeline)     {began: unix seconds, spans: [{name, start, seconds, detail}]}
     I (an instance)  {instance, app, function, version, target, parameters, node, number, state, concurrency, warmth,
                       pid, running, memory_mb, age, ready_for: s | None, predicted: s, actual: s | None, why,

@@ -22,7 +22,7 @@ from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
 from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.migration import Migrations, can_move
-from sllm_faas.controller.model import Instance, TargetState
+from sllm_faas.controller.model import Instance, TargetState, key_of
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
 from sllm_faas.wire.messages import Start, Stop, TargetFailed
@@ -66,12 +66,13 @@ class Scaler:
         if spec is None or mode == "gone":
             return 0
         scaling = self.scaling_of(target, spec)
+        tokens = self.ledger.tokens(key_of(target)) if scaling.target_tokens else 0
         if mode == "warming":
             return scaling.min_containers
         if mode == "superseded":
             bare = replace(scaling, min_containers=0, buffer_containers=0)
-            return autoscale.desired(bare, spec.concurrency, waiting, running) if waiting else 0
-        return autoscale.desired(scaling, spec.concurrency, waiting, running)
+            return autoscale.desired(bare, spec.concurrency, waiting, running, tokens) if waiting else 0
+        return autoscale.desired(scaling, spec.concurrency, waiting, running, tokens)
 
     # -- one target ------------------------------------------------------------------------------------------
 

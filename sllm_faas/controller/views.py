@@ -137,6 +137,7 @@ class Views:
             "desired": record.desired,
             "waiting": waiting,
             "running": running,
+            "tokens": self.ledger.tokens(key),
             "load": round(record.pressure.mean, 3),
             "panics_for": round(record.pressure.until - now, 3) if record.pressure.until > now else None,
             "failures": record.failures,

@@ -153,6 +153,8 @@ class Invocation:
     state: State = State.QUEUED
     attempt: int = 0
     """Attempts that failed."""
+    tokens: int = 0
+    """Of its prompt, about."""
     wanted: int = 0
     """Ordinal of the next output to be believed; so many were received."""
     consumed: int = 0

@@ -25,9 +25,12 @@ RETRY_AFTER = 1.0
 
 
 class Waiter(Protocol):
-    """Hashed by identity."""
+    """Hashed by identity. `tokens`: about how many its prompt has, 0 where there is none; they do not change."""
 
     target: Target
+
+    @property
+    def tokens(self) -> int: ...
 
 
 W = TypeVar("W", bound=Waiter)
@@ -39,6 +42,7 @@ class WaitQueue(Generic[W]):
         self._lines: dict[Target, OrderedDict[W, None]] = {}
         self._apps: dict[str, OrderedDict[W, None]] = {}
         self._weights: dict[str, float] = {}
+        self._tokens: dict[Target, int] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -52,6 +56,10 @@ class WaitQueue(Generic[W]):
             return 0  # as nearly always, and this is on the path of every call
         line = self._lines.get(target)
         return len(line) if line else 0
+
+    def tokens(self, target: Target) -> int:
+        """Of all prompts in its line."""
+        return self._tokens.get(target, 0)
 
     def targets(self) -> list[Target]:
         return list(self._lines)
@@ -111,8 +119,11 @@ class WaitQueue(Generic[W]):
         target = item.target
         line = self._lines[target]
         del line[item]
+        if item.tokens:
+            self._tokens[target] -= item.tokens
         if not line:
             del self._lines[target]
+            self._tokens.pop(target, None)
         mine = self._apps[target.app]
         del mine[item]
         if not mine:
@@ -136,6 +147,8 @@ class WaitQueue(Generic[W]):
         if item in self:
             raise KeyError(item)
         self._lines.setdefault(item.target, OrderedDict())[item] = None
+        if item.tokens:
+            self._tokens[item.target] = self._tokens.get(item.target, 0) + item.tokens
         self._apps.setdefault(item.target.app, OrderedDict())[item] = None
         self._weights.setdefault(item.target.app, 1.0)
         self._size += 1
@@ -154,6 +167,9 @@ class WaitQueue(Generic[W]):
         assert len(in_lines) == len(in_apps) == self._size, "lines, apps and size disagree"
         assert all(self._lines.values()), "an empty line is kept"
         assert all(self._apps.values()), "an empty app is kept"
+        assert self._tokens.keys() <= self._lines.keys(), "tokens of nobody"
+        for target, line in self._lines.items():
+            assert self.tokens(target) == sum(item.tokens for item in line), f"tokens of {target}"
         assert set(self._weights) >= set(self._apps), "an app has no weight"
         for target, line in self._lines.items():
             assert all(item.target == target and item in self._apps[target.app] for item in line), f"stray in {target}"

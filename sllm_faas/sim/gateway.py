@@ -50,6 +50,10 @@ class Call:
     turn: int = 0
     """Raised whenever what was planned for it is void."""
 
+    @property
+    def tokens(self) -> int:
+        return self.request.input
+
 
 @dataclass(slots=True)
 class Hand:
@@ -313,7 +317,7 @@ class SimGateway:
                 line.sent = now
                 oldest = self.queue.oldest(target)
                 age = self._clock.now - oldest.since if oldest else 0.0
-                items.append(TargetDemand(target, *now, age))
+                items.append(TargetDemand(target, *now, age, self.queue.tokens(target)))
         if items:
             self._tell(ev.DemandSeen(NAME, tuple(items)))
 

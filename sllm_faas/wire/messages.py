@@ -442,12 +442,14 @@ class RoutesDelta:
 
 @dataclass(frozen=True, slots=True)
 class TargetDemand:
-    """What one gateway has for a target now: absolute. `oldest` is the age in seconds of the oldest waiting."""
+    """What one gateway has for a target now: absolute. `oldest` is the age in seconds of the oldest waiting; `tokens`
+    about how many there are in the prompts that wait."""
 
     target: Target
     waiting: int
     running: int
     oldest: float = 0.0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

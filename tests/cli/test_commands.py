@@ -35,7 +35,8 @@ FUNCTION = {
     "app": "demo", "name": "square", "kind": "function", "version": 3, "methods": [{"name": "square", "stream": False}],
     "parameters": [], "concurrency": 4, "max_queue": 10, "memory_mb": 256, "secrets": ["KEY"], "checkpoint": None,
     "timeouts": {"queue": 60.0, "startup": 300.0, "first_output": None, "idle": 120.0, "execution": 300.0},
-    "scaling": {"min_containers": 0, "max_containers": 8, "buffer_containers": 0, "scaledown_window": 60.0},
+    "scaling": {"min_containers": 0, "max_containers": 8, "buffer_containers": 0, "scaledown_window": 60.0,
+                "target_tokens": 2000},
     "instances": {"requested": 0, "starting": 0, "ready": 1, "draining": 0}, "waiting": 0, "running": 1,
 }  # fmt: skip
 APP = {
@@ -197,13 +198,13 @@ MOVING = {
 
 def test_describe_function_says_why_its_instances_are_where_they_are(sllm: Run, fake: Any) -> None:
     target = {"target": "demo/square@3", "failures": 0, "retry_in": None, "error": None, "blocked": "no room",
-              "panics_for": 42.0, "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
+              "panics_for": 42.0, "tokens": 2500, "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
     body = {**FUNCTION, "desired": 1, "targets": [target], "starts": [], "moves": [MOVE], "moving": [MOVING]}
     fake.answers["GET /v1/functions/demo/square"] = Answer(body=body)
     code, out, _ = sllm("describe", "demo/square")
     assert code == 0
     for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none",
-                 "down for 42", "node-1: 0.30 s",
+                 "down for 42", "about 2500", "node-1: 0.30 s",
                  "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms"):  # fmt: skip
         assert text in out
 

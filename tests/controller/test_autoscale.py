@@ -32,6 +32,15 @@ def test_desired_is_the_clamped_need_and_a_buffer_while_there_is_load(scaling, c
 
 
 @pytest.mark.parametrize(
+    ("waiting", "running", "tokens", "expected"),
+    [(0, 4, 900, 1), (0, 4, 1001, 2), (2, 2, 3500, 4), (1, 1, 9000, 2), (0, 0, 0, 0), (9, 0, 10, 2)],
+)
+def test_tokens_ask_for_instances_too_at_most_one_for_each_request(waiting, running, tokens, expected):
+    assert autoscale.desired(Scaling(target_tokens=1000), 8, waiting, running, tokens) == expected
+    assert autoscale.desired(Scaling(), 8, waiting, running, tokens) == -(-(waiting + running) // 8)
+
+
+@pytest.mark.parametrize(
     ("held", "least", "expected"), [(0, 0, 0), (1, 0, 0), (3, 0, 0), (4, 0, 2), (15, 0, 3), (9, 9, 0), (10, 9, 3)]
 )
 def test_by_as_many_as_random_load_varies_instances_outlast_their_peak(held, least, expected):

@@ -8,7 +8,7 @@ from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.model import key_of
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.spec import AppSpec, Target
+from sllm_faas.spec import AppSpec, Scaling, Target
 from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import DIGEST, FAILED, ModelNode, World
@@ -316,6 +316,30 @@ def test_a_start_that_nobody_waits_for_is_cancelled():
     made.tick(made.now + 1.0)
     stop = made.sent(cmd.SendStop)[0].body
     assert (stop.drain, stop.reason) == (0.0, "nobody waits for it any more")
+
+
+def test_a_long_prompt_that_waits_asks_for_an_instance_of_its_own():
+    made = world(("node-0", 10_000))
+    chat = llm("f", memory_mb=100, concurrency=8, scaling=Scaling(target_tokens=1000))
+    deploy(made, app(chat))
+    made.feed(ev.DemandSeen("g", (TargetDemand(F, 2, 0, tokens=300),)))
+    settle(made)
+    assert made.live(F) == 1
+    made.feed(ev.DemandSeen("g", (TargetDemand(F, 1, 2, tokens=1500),)))
+    settle(made)
+    assert made.live(F) == 2
+
+
+def test_contexts_that_grow_ask_for_more_instances():
+    made = world(("node-0", 10_000))
+    deploy(made, app(llm("f", memory_mb=100, concurrency=8, scaling=Scaling(target_tokens=1000))))
+    made.demand("g", F, 0, 4)
+    settle(made)
+    (name,) = running(made)
+    report = InstanceReport(name, 1, F, "ready", running=4, concurrency=8, tokens=1800)
+    made.feed(ev.InstanceSeen("node-0", report))
+    settle(made)
+    assert made.live(F) == 2
 
 
 def test_a_start_is_not_cancelled_while_the_target_panics():

@@ -17,6 +17,7 @@ from sllm_faas.spec import Target
 class Item:
     target: Target
     name: int = 0
+    tokens: int = 3
 
 
 A, B, C = (Target(app, "f", 1) for app in ("a", "b", "c"))
