@@ -4,10 +4,12 @@ Beside it, in the same run: the same request to a running instance (warm), and a
 `from_pretrained` and generates. Random bf16 Llamas, a prompt of sixteen words, greedy.
 
     tier      dram: the checkpoint is in the store's slabs.   disk: it is not, and nothing of it is in the page cache
+              remote: it is not on this machine's disk either, but behind http on the loopback interface
     warmth    template: skeleton and tokenizer are made.      libs: torch and transformers are imported
 
 Floor of a start (what no implementation can beat): the forward pass, which is what warm takes; from disk, the larger of
-that and reading the file as fast as fio does with O_DIRECT. The tier and the warmth of each start are taken from its
+that and reading the file as fast as fio does with O_DIRECT; from the mirror, the larger of these and a plain fetch. The
+tier and the warmth of each start are taken from its
 own timeline, so that no figure stands for something else.
 """
 
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models
+from benchmarks import mirror, models
 from benchmarks.common import Platform, Report, arguments, platform_up, table
 from benchmarks.disk import drop, fill, fio, limit
 
@@ -53,6 +55,7 @@ DRAM_LIMIT = 1.25
 DISK_LIMIT = 1.15
 FRESH_LIMIT = 15.0
 COLD = (("dram", "template"), ("dram", "libs"), ("disk", "template"), ("disk", "libs"))
+REMOTE = ("remote", "template")
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Start:
 
     @property
     def tier(self) -> str:
+        if "pull" in self.spans:
+            return "remote"
         return self.spans["checkpoint"][2].partition("tier=")[2].partition(" ")[0]
 
     @property
@@ -142,16 +147,20 @@ def _kill(pid: int) -> bool:
 
 @dataclass
 class Case:
-    """A model under measurement: `function` is asked, `other` is of the same size and pushes it out of memory."""
+    """A model under measurement: `function` is asked, `other` is of the same size and pushes it out of memory; `far` is
+    the same model by its URL."""
 
     shape: str
     client: Client
     source: Path
     part: Path
+    url: str
     function: str = "a"
     other: str = "b"
+    far: str = "far"
     starts: dict[str, list[Start]] = field(default_factory=dict)
     disk: list[dict[str, float]] = field(default_factory=list)
+    network: list[float] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -170,9 +179,12 @@ class Case:
             drop([self.part])
             if warmth == "template":
                 self.disk.append(fio(self.part))
+        if tier == "remote":
+            self.network.append(mirror.rate(f"{self.url}/model.safetensors"))
+            client.platform.sllm("checkpoint", "rm", self.part.parent.name)
         if warmth == "libs":
             client.end_templates()
-        start = client.first_token(self.function)
+        start = client.first_token(self.far if tier == "remote" else self.function)
         if not start.cold or (start.tier, start.warmth) != (tier, warmth):
             raise SystemExit(f"wanted a start from {tier} and {warmth}, got one from {start.tier} and {start.warmth}")
         self._note(f"{tier}, {warmth}", start)
@@ -211,19 +223,19 @@ def deployed(shape: str, root: Path) -> Iterator[Case]:
     source, other = root / shape, root / f"{shape}-b"
     models.build(shape, source, variants=[other])
     size = (source / "model.safetensors").stat().st_size // 2**20
-    with platform_up("--dram-mb", str(size * 5 // 4 + 128)) as platform:
+    with mirror.mirror(root) as url, platform_up("--dram-mb", str(size * 5 // 4 + 128)) as platform:
         app = platform.state / "coldstart_app.py"
-        app.write_text(APP.format(paths={"a": str(source), "b": str(other)}))
+        app.write_text(APP.format(paths={"a": str(source), "b": str(other), "far": f"{url}/{shape}"}))
         platform.sllm("deploy", str(app))
         client = Client(platform)
         client.first_token("b")
         client.stop_all()
         digest = client.call("/v1/functions/cold/a")["checkpoint"]["digest"]
         objects = platform.state / "checkpoints" / "objects" / digest
-        yield Case(shape, client, source, next(objects.glob("*.safetensors")))
+        yield Case(shape, client, source, next(objects.glob("*.safetensors")), f"{url}/{shape}")
 
 
-def measure(case: Case, rounds: int, fresh: int) -> None:
+def measure(case: Case, rounds: int, fresh: int, remote: int) -> None:
     case.client.first_token("a")
     for number in range(rounds):
         for tier, warmth in COLD:
@@ -234,12 +246,17 @@ def measure(case: Case, rounds: int, fresh: int) -> None:
             case.fresh(cached=False)
             case.fresh(cached=True)
             case.client.first_token("a")
+        if number < remote:
+            case.cold(*REMOTE)
+            case.client.stop_all()
+            case.client.first_token("a")
 
 
 def show(case: Case, report: Report) -> None:
     shape, warm = case.shape, case.median("warm")
     read = case.bytes / (limit(case.disk) * 1e9)
-    floors = {"dram": warm, "disk": max(read, warm)}
+    fetch = case.bytes / (statistics.median(case.network) * 1e9)
+    floors = {"dram": warm, "disk": max(read, warm), "remote": max(fetch, read, warm)}
     dram, disk = case.median("dram, template"), case.median("disk, template")
     print(f"\n{shape}, {case.bytes / 1e9:.2f} GB, 16-token prompt: time to first token, ms")
     rows = []
@@ -257,10 +274,11 @@ def show(case: Case, report: Report) -> None:
     table(["start", "median", "best", "worst", "runs", "floor", "achieved / floor"], rows)
     print(f"fio reads it in {read * 1e3:.0f} ms ({limit(case.disk):.2f} GB/s)")
     report.figure(f"{shape}_fio_read_ms", read * 1e3)
+    report.figure(f"{shape}_mirror_fetch_ms", fetch * 1e3)
     ratio = case.median("fresh process, cached") / dram
     report.figure(f"{shape}_fresh_over_dram", ratio)
     print(f"the fresh process takes {ratio:.1f} times as long as a start from DRAM")
-    for name in ("dram, template", "disk, template"):
+    for name in ("dram, template", "disk, template", "remote, template"):
         print(f"\n{shape}, {name}, median span, ms from the request")
         starts = case.starts[name]
         spread = [
@@ -286,10 +304,11 @@ def main() -> int:
     names = options.models.split(",") if options.models else ["110M"] if options.quick else list(models.SHAPES)
     rounds = options.rounds or (2 if options.quick else 5)
     report = Report("coldstart")
+    os.environ["SLLM_TRUSTED_SOURCES"] = "127.0.0.1"  # where the mirror is
     with tempfile.TemporaryDirectory(prefix="sllm-coldstart-") as scratch:
         for shape in names:
             with deployed(shape, options.directory or Path(scratch)) as case:
-                measure(case, rounds, fresh=1 if options.quick else 2)
+                measure(case, rounds, fresh=1 if options.quick else 2, remote=1 if options.quick else 3)
                 show(case, report)
     return report.finish(options.json)
 

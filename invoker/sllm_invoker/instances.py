@@ -253,10 +253,12 @@ class Instances:
         if spec.checkpoint is None:
             return ""
         at = self._since(entry)
+        digest = spec.checkpoint.digest
+        here = bool(digest) and self._place.ingests.store.path(digest).is_dir()
         directory = await self._place.ingests.ready(spec.checkpoint, lambda *_: None)
         for adapter in spec.adapters:
             await self._place.ingests.ready(adapter.checkpoint, lambda *_: None, base=directory.name)
-        self._span(entry, "verify", at)
+        self._span(entry, "verify" if here else "pull", at, "" if here else "tier=remote")
         return str(directory)
 
     def _open(self, entry: Entry, object_dir: str) -> Opening | None:
