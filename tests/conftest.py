@@ -10,6 +10,14 @@ settings.register_profile("timeless", deadline=None, suppress_health_check=[Heal
 settings.load_profile("timeless")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test with real processes depends on how the machine schedules them, so a failed one is played once more. The
     summary names it (`-rR`): a rerun is a bug to be found, in the product or in the test, not noise."""

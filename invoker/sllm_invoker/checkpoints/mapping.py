@@ -2,7 +2,8 @@
 
     [ slab 0 | slab 1 | … | slab n ]      MAP_PRIVATE, readable and writable: copy-on-write
 
-A write stays in this process; what is read is what all share. The address range is reserved first and the slabs
+A write stays in this process; what is read is what all share. (What is to be locked for a device is mapped shared and
+read-only instead: locking a private map copies every page.) The address range is reserved first and the slabs
 are placed into it (MAP_FIXED), so that offset N of the part file is byte N of the map either way. Not here: whose
 slabs they are, and when a map may be made. Invariant: a `Mapping` that exists covers its whole length.
 """
@@ -78,15 +79,17 @@ def map_file(fd: int, length: int) -> Mapping:
     return Mapping(_mmap(None, length, mmap.MAP_PRIVATE, fd), length, _paged(length))
 
 
-def map_slabs(fds: Sequence[int], slab_bytes: int, length: int) -> Mapping:
-    """`length` bytes over slabs in order; the descriptors may be closed afterwards. Raises OSError, ValueError."""
+def map_slabs(fds: Sequence[int], slab_bytes: int, length: int, *, shared: bool = False) -> Mapping:
+    """`length` bytes over slabs in order; the descriptors may be closed afterwards. `shared`: read-only, a write is a
+    crash. Raises OSError, ValueError."""
     if not 0 < length <= len(fds) * slab_bytes or slab_bytes % mmap.PAGESIZE:
         raise ValueError(f"{len(fds)} slabs of {slab_bytes} bytes do not hold {length}")
     reserved = len(fds) * slab_bytes
     base = _mmap(None, reserved, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, _PROT_NONE)
+    kind, prot = (mmap.MAP_SHARED, mmap.PROT_READ) if shared else (mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     try:
         for index, fd in enumerate(fds):
-            _mmap(base + index * slab_bytes, slab_bytes, mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE, fd)
+            _mmap(base + index * slab_bytes, slab_bytes, kind | _MAP_FIXED | _MAP_NORESERVE, fd, prot)
     except OSError:
         _libc.munmap(base, reserved)
         raise

@@ -45,6 +45,8 @@ class Adapters:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._count = 0
+        self._tables: list[dict[str, _Delta]] = []
+        """Of each adapted module: its matrices, by adapter."""
         self._groups: dict[str, torch.Tensor | None] = {}
         """Adapter → its rows, None for all of them."""
 
@@ -61,8 +63,15 @@ class Adapters:
                 name: torch.tensor([at for at, row in enumerate(rows) if row == name]) for name in sorted(wanted - {""})
             }
 
-    def hook(self, deltas: Mapping[str, _Delta]) -> Hook:
+    def move(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        for deltas in self._tables:
+            for name, delta in deltas.items():
+                deltas[name] = _Delta(delta.a.to(device), delta.b.to(device), delta.scale)
+
+    def hook(self, deltas: dict[str, _Delta]) -> Hook:
         """For a module that the adapters in `deltas` adapt."""
+        self._tables.append(deltas)
 
         def add(_module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not self._groups:

@@ -30,8 +30,6 @@ class _Arriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Weights) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights = weights
-        self._first = torch.frombuffer(weights.buffer, dtype=torch.uint8, count=1).data_ptr()
-        self._end = self._first + weights.part.bytes
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -46,7 +44,8 @@ class _Arriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in values:
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
-                if self._first <= storage.data_ptr() < self._end:
-                    self._weights.wait(storage.data_ptr() + storage.nbytes() - self._first)
+                end = self._weights.end_of(storage.data_ptr(), storage.nbytes())
+                if end is not None:
+                    self._weights.wait(end)
             elif isinstance(value, (list, tuple)):
                 self._await(value)

@@ -7,7 +7,8 @@ Two halves, because a process forks between them:
 
 The weights are mapped private copy-on-write, from the part file or from the checkpoint store's slabs (`weights`):
 reads see memory that all instances share, a stray write stays in this process. Tensors are views of the map at the
-manifest's offsets. Nothing is initialised, converted or copied.
+manifest's offsets. Nothing is initialised, converted or, on a CPU, copied; on a GPU they are views of its memory, into
+which the bytes are copied while the model is bound (`device_weights`).
 
 Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device: `prepare` raises
 CheckpointIncomplete naming the first one that would be. It is not for anything that is not an object of the store.
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +34,9 @@ from sllm_invoker.runner.adapters import load as load_adapters
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
 from sllm_invoker.runner.weights import Weights, from_file, from_store
+
+if TYPE_CHECKING:
+    from sllm_invoker.runner.device_weights import Stage
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -59,7 +63,8 @@ class Place:
 @dataclass(slots=True)
 class Skeleton:
     """A model without weights, what belongs where in it, and what else can be made before the fork. `weights` is set
-    by `attach`, which asks the checkpoint store for them where there is a `channel` to it."""
+    by `attach`, which asks the checkpoint store for them where there is a `channel` to it, and copies them to the
+    device behind `stage` where there is one."""
 
     checkpoint: CheckpointObject
     model: Any
@@ -69,7 +74,13 @@ class Skeleton:
     packed: tuple[quantized.Packed, ...] = ()
     adapters: Adapters | None = None
     channel: int = -1
+    stage: Stage | None = None
     weights: Weights | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.stage.device.place if self.stage is not None else torch.device("cpu")
 
 
 def prepare(checkpoint: CheckpointObject | Path, adapters: Mapping[str, Path] | None = None) -> Skeleton:
@@ -108,7 +119,8 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
 
     The bytes may still be on their way (but those of quantised models, which are unpacked here): compute under
     `arriving`, or wait for `skeleton.weights`. Raises CheckpointUnavailable when the object has gone since `prepare`,
-    CheckpointCorrupt when the file is not what the manifest says (its content is checked by the store).
+    CheckpointCorrupt when the file is not what the manifest says (its content is checked by the store), BadSpec for a
+    quantised model on a GPU, NoCapacity when that has too little memory.
     """
     started = time.perf_counter()
     checkpoint = skeleton.checkpoint
@@ -122,8 +134,10 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     path = checkpoint.part_path()
     weights = from_store(skeleton.channel, path, part) if skeleton.channel >= 0 else from_file(path, part)
     skeleton.channel = -1
+    if skeleton.stage is not None:
+        weights = _on_device(skeleton, weights, skeleton.stage)
     mapped = time.perf_counter()
-    _assign(skeleton.places, weights.buffer)
+    _assign(skeleton.places, weights, skeleton.device)
     skeleton.checkpoint, skeleton.weights = checkpoint, weights
     if skeleton.packed:
         weights.wait()
@@ -315,13 +329,23 @@ def _places(model: Any, checkpoint: CheckpointObject, packed: tuple[quantized.Pa
     )
 
 
-def _assign(places: tuple[Place, ...], buffer: Any) -> None:
+def _on_device(skeleton: Skeleton, weights: Weights, stage: Stage) -> Weights:
+    from sllm_invoker.runner.device_weights import DeviceWeights
+
+    if skeleton.packed:
+        raise BadSpec("the checkpoint is quantised; on a GPU only unquantised ones are served so far.", param="gpu")
+    if skeleton.adapters is not None:
+        skeleton.adapters.move(skeleton.device)
+    return DeviceWeights(weights, stage)
+
+
+def _assign(places: tuple[Place, ...], weights: Weights, device: torch.device) -> None:
     for place in places:
         count = prod(place.shape)
         if count:
-            tensor = torch.frombuffer(buffer, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+            tensor = weights.view(place.dtype, count, place.offset).view(place.shape)
         else:
-            tensor = torch.empty(place.shape, dtype=place.dtype)
+            tensor = torch.empty(place.shape, dtype=place.dtype, device=device)
         # As `from_pretrained` leaves them, though nobody trains here: for a weight that wants no gradient matmul takes
         # another path for inputs that are slices, and that path copies the whole weight (the head's, on every prefill).
         value = torch.nn.Parameter(tensor, requires_grad=place.dtype.is_floating_point) if place.parameter else tensor

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from sllm_faas.errors import BadRequest, ContextTooLong, SllmError, UnsupportedParameter, WireError, to_info
+from sllm_faas.errors import BadRequest, ContextTooLong, NoCapacity, SllmError, UnsupportedParameter, WireError, to_info
 from sllm_faas.spec import FunctionSpec
 from sllm_faas.wire.codec import unpack_as
 from sllm_faas.wire.header import Header, Type
@@ -31,6 +31,8 @@ from sllm_invoker.runner.tasks import Tasks
 from sllm_invoker.runner.tokens import TextCodec
 
 MIN_CACHE_BYTES = 512 * 1024 * 1024
+DEVICE_SHARE = 0.85
+"""Of the memory a device has beside the weights, for keys and values; the rest is for what a forward pass makes."""
 CACHE_SHARE = 0.75
 """Of the memory an instance was promised, for keys and values."""
 
@@ -139,12 +141,21 @@ SMALL = 64 * 1024 * 1024
 def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> LanguageModel:
     """The model of a checkpoint object, attached; through `channel`, one to the checkpoint store, unless it is -1.
 
-    Raises CheckpointError, BadSpec."""
+    Raises CheckpointError, BadSpec; where the function asks for a GPU, Unavailable without one and NoCapacity on one
+    that is too small."""
     skeleton = template.take_skeleton(spec, object_dir)
     skeleton.channel = channel
     manifest = skeleton.checkpoint.manifest
-    tokens = cache_tokens(spec, manifest.kv_bytes_per_token, manifest.max_context)
-    engine = engines.create(skeleton, cache_tokens=tokens, max_sequences=spec.concurrency)
+    per_token, context = manifest.kv_bytes_per_token, manifest.max_context
+    if spec.gpus:
+        from sllm_invoker.runner import cuda
+
+        skeleton.stage = cuda.open_stage()
+        room = skeleton.stage.device.memory().free - manifest.total_bytes
+        sequences, tokens = device_cache(room, per_token, context, spec.concurrency)
+    else:
+        sequences, tokens = spec.concurrency, cache_tokens(spec, per_token, context)
+    engine = engines.create(skeleton, cache_tokens=tokens, max_sequences=sequences)
     report = engine.attach(Path(object_dir))
     if report.bytes < SMALL:
         torch = sys.modules.get("torch")
@@ -199,6 +210,22 @@ def cache_tokens(spec: FunctionSpec, bytes_per_token: int, max_context: int) -> 
         return None
     share = max(MIN_CACHE_BYTES, int(spec.memory_mb * CACHE_SHARE) * 1024 * 1024)
     return max(1, min(share // bytes_per_token, spec.concurrency * max_context))
+
+
+def device_cache(room: int, bytes_per_token: int, max_context: int, concurrency: int) -> tuple[int, int | None]:
+    """Sequences at once, and tokens of cache for all of them, where `room` bytes of a device are left beside the
+    weights: as many whole contexts as fit, else one that is shorter; None where a token costs nothing that grows.
+    Raises NoCapacity."""
+    if bytes_per_token <= 0:
+        return concurrency, None
+    fit = int(room * DEVICE_SHARE) // bytes_per_token
+    if fit < 1:
+        raise NoCapacity(
+            f"{max(0, room)} bytes of GPU memory are left beside the weights; a token's cache takes {bytes_per_token}.",
+            hint="Use a smaller model, or a GPU with more memory.",
+        )
+    sequences = max(1, min(concurrency, fit // max_context))
+    return sequences, min(fit, sequences * max_context)
 
 
 def _decode(call: Call) -> LlmRequest:

@@ -14,6 +14,7 @@ The channel stays open as long as this process lives: the store takes its end fo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import socket
@@ -21,13 +22,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sllm_faas.errors import CheckpointCorrupt, CheckpointUnavailable, SllmError, WireError, from_info
 from sllm_faas.spec import Tier
 from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.mapping import MADV_POPULATE_READ, Mapping, advise, map_slabs
 from sllm_invoker.checkpoints.object import Part
+
+if TYPE_CHECKING:
+    import torch
 
 STEP = 32 * 1024 * 1024
 """Bytes mapped at a time: the address space is locked that long."""
@@ -44,11 +48,23 @@ class Weights:
         self.tier: Tier = "disk"
         self.waited = 0.0
         """Seconds spent in `wait`."""
+        self._first = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
 
     @property
     def arrived(self) -> bool:
         """Every byte may be read."""
         return self.ready >= self.part.bytes
+
+    def view(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        """`count` elements at `offset` of the part file, without copying, whether they have arrived or not."""
+        import torch
+
+        return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=offset)
+
+    def end_of(self, pointer: int, length: int) -> int | None:
+        """How far the weights must have arrived before a storage at an address may be read; None for one that is not
+        of them."""
+        return pointer + length - self._first if self._first <= pointer < self._first + self.part.bytes else None
 
     def wait(self, end: int | None = None) -> None:
         """Block until the first `end` bytes (all of them) may be read. Raises CheckpointCorrupt, CheckpointError, and

@@ -16,6 +16,8 @@ import torch
 SMALL_CHUNK = 32
 """Tokens whose forward costs about what a step costs (on a CPU, 32 of a 100M Llama cost 1.1 steps)."""
 
+CPU = torch.device("cpu")
+
 
 class Compute(Protocol):
     """The cache of several sequences and the forward passes over it. Not thread-safe."""

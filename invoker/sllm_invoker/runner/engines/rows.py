@@ -7,9 +7,10 @@
         row 2  ██████████░░░░░░░░   held       [:running, :longest]
         row 3  ░░░░░░░░░░░░░░░░░░   free
 
-The memory is an anonymous map without reservation: a page never written costs nothing, and a freed row gives
+On a CPU the memory is an anonymous map without reservation: a page never written costs nothing, and a freed row gives
 its pages back. So capacity is simply the model's context, nothing is ever grown or copied to grow, and how many
-tokens are in it is the engine's admission to count.
+tokens are in it is the engine's admission to count. On any other device all of it is taken at the first forward
+(`_reserve` alone knows), so rows and capacity are what the device has room for.
 
 Rows of different length meet in one forward through explicit masks and position ids. Where all rows see all
 there is (one sequence, or equal lengths) no mask is passed and the model makes its own, as in `generate`.
@@ -27,7 +28,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from sllm_invoker.runner.adapters import Adapters
-from sllm_invoker.runner.engines.compute import SMALL_CHUNK, Forward
+from sllm_invoker.runner.engines.compute import CPU, SMALL_CHUNK, Forward
 from sllm_invoker.runner.engines.solo import attention_only
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -61,7 +62,7 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         stores = [_reserve(self._cache.rows, self._cache.capacity, states) for states in (key_states, value_states)]
-        self._maps = tuple(mapping for mapping, _ in stores)
+        self._maps = tuple(mapping for mapping, _ in stores if mapping is not None)
         self.keys, self.values = (store for _, store in stores)
         self.is_initialized = True
 
@@ -135,8 +136,11 @@ class Rows:
     chunk = 256
     small_chunk = SMALL_CHUNK
 
-    def __init__(self, model: Any, *, rows: int, capacity: int, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self, model: Any, *, rows: int, capacity: int, adapters: Adapters | None = None, device: torch.device = CPU
+    ) -> None:
         config = model.config.get_text_config()
+        self._device = device
         self._model = model
         self._adapters = adapters
         self._adapter_of: dict[int, str] = {}
@@ -161,9 +165,10 @@ class Rows:
         row = self._row_of[handle]
         start = self._lengths[row]
         self._cache.window = _Window(row, (start,), len(tokens), None)
-        positions = torch.arange(start, start + len(tokens))[None]
+        positions = torch.arange(start, start + len(tokens), device=self._device)[None]
         self._use([handle])
-        logits = self._forward(torch.tensor([list(tokens)]), self._cache, **self._positions(positions))
+        ids = torch.tensor([list(tokens)], device=self._device)
+        logits = self._forward(ids, self._cache, **self._positions(positions))
         self._lengths[row] = start + len(tokens)
         return logits[0]
 
@@ -172,15 +177,16 @@ class Rows:
         count = len(tokens)
         handles = [handle for handle in self._handle_at[:count] if handle is not None]
         starts = tuple(self._lengths[:count])
-        positions = torch.tensor(starts)
+        positions = torch.tensor(starts, device=self._device)
         even = min(starts) == max(starts)
-        index = None if even else (torch.arange(count), positions)
+        index = None if even else (torch.arange(count, device=self._device), positions)
         self._cache.window = _Window(0, starts, 1, index)
         more = self._positions(positions[:, None])
         if not even:
             more["attention_mask"] = self._masks(positions, max(starts) + 1)
         self._use(handles)
-        logits = self._forward(torch.tensor([[tokens[handle]] for handle in handles]), self._cache, **more)
+        ids = torch.tensor([[tokens[handle]] for handle in handles], device=self._device)
+        logits = self._forward(ids, self._cache, **more)
         for row in range(count):
             self._lengths[row] += 1
         return handles, logits
@@ -234,7 +240,7 @@ class Rows:
 
     def _masks(self, positions: torch.Tensor, longest: int) -> Any:
         """What each row may look at, [rows, 1, 1, longest]: one mask, or one per kind of layer."""
-        keys, at = torch.arange(longest), positions[:, None, None, None]
+        keys, at = torch.arange(longest, device=self._device), positions[:, None, None, None]
         full = keys <= at
         near = full & (keys > at - self._sliding) if self._sliding else full
         if self._patterns:
@@ -246,7 +252,7 @@ class Rows:
         if not self._additive:
             return seen
         dtype = self._model.dtype
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def supports_rows(model: Any) -> bool:
@@ -290,9 +296,12 @@ def cache_bytes_per_token(model: Any) -> int:
     return sum(int(store.numel() * store.element_size()) for store in stored if store is not None) // 4
 
 
-def _reserve(rows: int, capacity: int, states: torch.Tensor) -> tuple[mmap.mmap, torch.Tensor]:
-    """Address space for [rows, capacity, heads, dim] of the kind of `states` [batch, heads, width, dim]."""
+def _reserve(rows: int, capacity: int, states: torch.Tensor) -> tuple[mmap.mmap | None, torch.Tensor]:
+    """Zeros for [rows, capacity, heads, dim] of the kind of `states` [batch, heads, width, dim] and on their device: a
+    masked place counts nothing only while what is there is a number. The map, where pages can be given back."""
     heads, dim = states.shape[1], states.shape[3]
+    if states.device.type != "cpu":
+        return None, states.new_zeros(rows, capacity, heads, dim)
     count = rows * capacity * heads * dim
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     mapping = mmap.mmap(-1, count * states.element_size(), flags=flags)

@@ -14,13 +14,14 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sllm_invoker.runner.adapters import Adapters
-from sllm_invoker.runner.engines.compute import SMALL_CHUNK, Forward
+from sllm_invoker.runner.engines.compute import CPU, SMALL_CHUNK, Forward
 
 
 class Solo:
     """`Compute` with one private cache per sequence."""
 
-    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None, device: torch.device = CPU) -> None:
+        self._device = device
         self._adapters = adapters
         self._adapter_of: dict[int, str] = {}
         self._config = model.config
@@ -45,7 +46,7 @@ class Solo:
         one_by_one = self._recurrent and handle in self._fed
         self._fed.add(handle)
         for piece in [[token] for token in tokens] if one_by_one else [list(tokens)]:
-            logits = self._forward(torch.tensor([piece]), self._caches[handle])
+            logits = self._forward(torch.tensor([piece], device=self._device), self._caches[handle])
         return logits[0]
 
     def step(self, tokens: Mapping[int, int]) -> tuple[list[int], torch.Tensor]:

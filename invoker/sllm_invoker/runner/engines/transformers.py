@@ -98,10 +98,14 @@ class TransformersEngine:
         self._compute: Compute
         if manifest.batched or not manifest.generates:
             self._compute = Rows(
-                self._model, rows=self._max_sequences, capacity=self._max_context, adapters=skeleton.adapters
+                self._model,
+                rows=self._max_sequences,
+                capacity=self._max_context,
+                adapters=skeleton.adapters,
+                device=skeleton.device,
             )
         else:
-            self._compute = Solo(self._model, skeleton.adapters)
+            self._compute = Solo(self._model, skeleton.adapters, skeleton.device)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._inbox: deque[Callable[[], None]] = deque()
@@ -429,7 +433,7 @@ class TransformersEngine:
     def _draw(self, sequences: list[TokenSequence], logits: torch.Tensor) -> None:
         for sequence in sequences:
             sequence.logits = None
-        rows = logits.float().numpy()
+        rows = logits.float().cpu().numpy()
         sound = np.isfinite(rows.max(axis=1))
         if not sound.all():
             for sequence in [s for s, good in zip(sequences, sound, strict=True) if not good]:
@@ -501,7 +505,8 @@ class TransformersEngine:
             self._skeleton.adapters.use(())
         body = self._model.base_model
         extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-        hidden = body(input_ids=torch.tensor([list(ids)]), **extra).last_hidden_state[0].float()
+        inputs = torch.tensor([list(ids)], device=self._skeleton.device)
+        hidden = body(input_ids=inputs, **extra).last_hidden_state[0].float()
         vector: list[float] = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0).tolist()
         return vector
 
