@@ -42,7 +42,7 @@ from sllm_invoker.bundles import Bundles
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checks import Checks
 from sllm_invoker.container import Place
-from sllm_invoker.containers import tree
+from sllm_invoker.containers import nvml, tree
 from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.process import ProcessRuntime
 from sllm_invoker.containers.zygote import ENTRY, become_subreaper
@@ -102,7 +102,8 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._tree = tree.Tree(self.directory)
         layers = Pool(budget_mb=config.node_layers_mb)
-        self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers)
+        probe = await asyncio.to_thread(nvml.probe)
+        self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers, probe=probe)
         self.book = LogBook(config.logs_dir, name)
         self.ingests = Ingests(CheckpointStore(config.checkpoints_dir), self._tree, self.directory)
         self.tier = MemoryTier(
@@ -218,6 +219,7 @@ class Agent:
             self._public_key,
             self.config.node_memory_mb,
             node.cores(),
+            len(self.runtime.gpus),
             checkpoints=self._digests,
             host=node.host(),
             neighbour_endpoint=self.relay.neighbour_endpoint,

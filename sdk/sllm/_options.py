@@ -42,6 +42,8 @@ class _CommonOptions(TypedDict, total=False):
     secrets: Sequence[str | Secret]
     memory: int
     """Private memory an instance is expected to need, MiB."""
+    gpu: int | str | None
+    """1 or "any": an instance holds a GPU of its node for itself."""
     min_containers: int
     max_containers: int
     buffer_containers: int
@@ -130,6 +132,17 @@ def as_timeouts(value: object) -> Timeouts:
         return Timeouts(execution=float(value))
 
 
+def as_gpus(value: object) -> int:
+    """How many GPUs `gpu=value` asks for: none or one; which one of a node's is not for the function to say."""
+    known = {None: 0, 0: 0, 1: 1, "any": 1, "any:1": 1}
+    if isinstance(value, bool) or not isinstance(value, int | str | None) or value not in known:
+        raise BadSpec(
+            f'gpu is {value!r}; allowed: None, 0, 1 or "any".',
+            hint="An instance has one GPU at most, and nodes are not told apart by the kind of theirs yet.",
+        )
+    return known[value]
+
+
 def as_retries(value: object) -> RetryPolicy:
     if isinstance(value, Retries):
         return value
@@ -184,6 +197,8 @@ def spec_fields(what: str, options: Mapping[str, Any], known: type) -> dict[str,
         fields["memory_mb"] = options["memory"]
     if "concurrency" in options:
         fields["concurrency"] = options["concurrency"]
+    if "gpu" in options:
+        fields["gpus"] = as_gpus(options["gpu"])
     if "timeout" in options:
         fields["timeouts"] = as_timeouts(options["timeout"])
     if "retries" in options:

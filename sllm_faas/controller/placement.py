@@ -170,6 +170,8 @@ class Full:
     why: str
     never: bool = False
     again: float = AGAIN
+    hint: str = ""
+    """What would help."""
 
 
 Choice = Placed | Evict | Move | Full
@@ -288,16 +290,21 @@ def no_room(nodes: Sequence[Candidate]) -> Full:
     if not any(node.big_enough for node in nodes):
         biggest = max(nodes, key=lambda node: (node.total_gpus, node.total_mb, node.name))
         if biggest.need_gpus > biggest.total_gpus:
-            what = f"it needs {biggest.need_gpus} GPUs; the most, on {biggest.name}, are {biggest.total_gpus}"
-        else:
-            biggest = max(nodes, key=lambda node: (node.total_mb, node.name))
-            what = f"it needs {biggest.need_mb} MiB; the biggest node, {biggest.name}, has {biggest.total_mb} MiB"
-        return Full(what, never=True)
+            most = f"the most, on {biggest.name}, are {biggest.total_gpus}" if biggest.total_gpus else "no node has one"
+            hint = "Add a node with GPUs, or deploy without `gpu` to compute on the CPU."
+            return Full(f"it needs {_gpus(biggest.need_gpus)}; {most}", never=True, hint=hint)
+        biggest = max(nodes, key=lambda node: (node.total_mb, node.name))
+        what = f"it needs {biggest.need_mb} MiB; the biggest node, {biggest.name}, has {biggest.total_mb} MiB"
+        return Full(what, never=True, hint="Lower memory_mb, or add a bigger node.")
     return Full(
         f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB"
-        + (f" and {nodes[0].need_gpus} GPUs" if nodes[0].need_gpus else "")
+        + (f" and {_gpus(nodes[0].need_gpus)}" if nodes[0].need_gpus else "")
         + " free, and nothing there is idle"
     )
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
 
 
 def _ranked(node: Candidate) -> tuple[float, int, str, float, Candidate]:
@@ -321,7 +328,7 @@ def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:
     rest = max(item.rests for item in idle)
     if rest > 0:
         return Full(f"waits until instances on {node.name} have served for a while and may go", again=rest)
-    room = f"{node.need_mb} MiB" + (f" and {node.need_gpus} GPUs" if node.need_gpus else "")
+    room = f"{node.need_mb} MiB" + (f" and {_gpus(node.need_gpus)}" if node.need_gpus else "")
     return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {room}, then {node.estimate}")
 
 

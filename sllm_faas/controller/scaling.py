@@ -151,12 +151,7 @@ class Scaler:
                 for name, to in choice.moves:
                     self.migrations.make_room(self.state.instances[name], to, f"room for {record.target}")
             elif choice.never and not live:
-                record.error = to_info(
-                    NoCapacity(
-                        f"{record.target} cannot start: {choice.why}",
-                        hint="Lower memory_mb, or add a bigger node.",
-                    )
-                )
+                record.error = to_info(NoCapacity(f"{record.target} cannot start: {choice.why}", hint=choice.hint))
                 record.retry_at = self.ledger.now + autoscale.BACKOFF_LIMIT
                 self.ledger.wake_target(record, record.retry_at)
             record.look_at = self.ledger.now + min(choice.again, placement.AGAIN)

@@ -71,11 +71,17 @@ def llm() -> FunctionSpec:
 
 
 @pytest.fixture
-async def containers(tmp_path: Path) -> AsyncIterator[Containers]:
+def options() -> dict[str, Any]:
+    """Of the runtime; a test's own module may say others."""
+    return {}
+
+
+@pytest.fixture
+async def containers(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Containers]:
     zygote.become_subreaper()
     env: dict[str, Any] = {**os.environ}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), env.get("PYTHONPATH", ""))))
-    runtime = ProcessRuntime("node-0", tree.Tree(tmp_path), env=env, entry="stub_runner:run")
+    runtime = ProcessRuntime("node-0", tree.Tree(tmp_path), env=env, entry="stub_runner:run", **options)
     yield Containers(runtime, tmp_path)
     await runtime.close()
     assert not [pid for pid in tree.children(os.getpid()) if tree.alive(pid) and _ours(pid, tmp_path)]

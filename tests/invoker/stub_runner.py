@@ -20,6 +20,8 @@ def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
         print("fds", *sorted(int(name) for name in os.listdir("/proc/self/fd")), flush=True)
     if what == "random":
         print("random", random.random(), flush=True)
+    if what == "gpu":
+        print("sees", repr(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
     if what == "family":
         _grandchildren()
     if what == "stubborn":
@@ -28,6 +30,14 @@ def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
     os.write(2, b"below python\n")
     while True:
         time.sleep(3600)
+
+
+def warm() -> None:
+    """What a worker of a GPU does before it waits, where there is no GPU."""
+
+
+def broken() -> None:
+    raise RuntimeError("no driver")
 
 
 def _grandchildren() -> None:

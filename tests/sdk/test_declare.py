@@ -52,6 +52,7 @@ async def async_numbers(n: int) -> AsyncIterator[int]:
     max_queue=7,
     cancel_grace=1,
     checkpoint="org/model",
+    gpu="any",
 )
 @sllm.concurrent(max_inputs=9)
 async def with_options(x: int) -> int:
@@ -141,6 +142,7 @@ def test_every_option_reaches_the_spec() -> None:
     assert tuned.scaling == Scaling(1, 2, 1, 5)
     assert (tuned.memory_mb, tuned.max_queue, tuned.cancel_grace, tuned.concurrency) == (512, 7, 1, 9)
     assert tuned.checkpoint == sllm.Checkpoint("org/model")
+    assert tuned.gpus == 1
 
 
 def test_a_batched_function_is_one_call_over_lists_for_the_platform_and_of_one_for_local_callers() -> None:
@@ -412,6 +414,10 @@ def test_mistakes_are_refused_where_they_are_made(mistake: Callable[[sllm.App], 
         ({"name": "1x"}, "not a valid name"),
         ({"name": 3}, "allowed: text"),
         ({"checkpoint": 3}, "allowed: a path"),
+        ({"gpu": "H100"}, "gpu is 'H100'; allowed"),
+        ({"gpu": 2}, "gpu is 2; allowed"),
+        ({"gpu": True}, "gpu is True"),
+        ({"gpu": [1]}, "gpu is "),
     ],
 )
 def test_options_out_of_range_are_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:

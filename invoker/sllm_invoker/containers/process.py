@@ -1,6 +1,7 @@
 """The process runtime: instances forked from warm zygotes.
 
     start(spec) ─► layers(spec) ─► zygote of each layer (made once, by whoever needs it first) ─► fork ─► handle
+                └► a GPU, where one is asked for, and the worker that waits on it (`gpu_workers`), which becomes it
 
 It owns the zygotes' control sockets and watches every process by its pidfd. Invariant: `Exited` is told once per
 instance, after everything below it is dead and its output was read to the end. A zygote's death touches no
@@ -29,10 +30,13 @@ from sllm_faas import layers, logging
 from sllm_faas.errors import ErrorInfo, SllmError, from_info
 from sllm_faas.layers import Layer
 from sllm_faas.spec import FunctionSpec, Warmth
-from sllm_invoker.containers import tree, zygote
+from sllm_invoker.containers import gpu_worker, tree, zygote
 from sllm_invoker.containers.base import ContainerSpec, Exited, ForkFailed, Made, OnEvent, Output, Stats
 from sllm_invoker.containers.cgroup import Cgroups
+from sllm_invoker.containers.gpu_workers import GpuWorkers, Taken
+from sllm_invoker.containers.gpus import Probe
 from sllm_invoker.containers.keepalive import Cost
+from sllm_invoker.containers.nvml import NoGpus
 from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.zygote_link import ZygoteDied, ZygoteLink
 
@@ -66,6 +70,8 @@ class ProcessHandle:
         self.pid = 0
         self.exited: Exited | None = None
         self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.gpu = ""
+        """The device it holds."""
         self._pidfd = -1
         self._on_event = on_event
         self._pipes: dict[int, Literal["stdout", "stderr"]] = {}
@@ -141,7 +147,8 @@ class ProcessHandle:
 
 
 class ProcessRuntime:
-    """See `base.Runtime`. `entry` is what a forked instance runs; tests put their own there."""
+    """See `base.Runtime`. `entry` is what an instance runs, `warm` what a worker of a GPU does before it waits; tests
+    put their own there."""
 
     def __init__(
         self,
@@ -151,16 +158,21 @@ class ProcessRuntime:
         env: Mapping[str, str] | None = None,
         entry: str = zygote.ENTRY,
         policy: Pool | None = None,
+        probe: Probe | None = None,
+        warm: str = gpu_worker.WARM,
     ) -> None:
         self._tree = processes
         self._entry = entry
         given = os.environ if env is None else env
         kept = {name: value for name, value in given.items() if not name.startswith(PRIVATE)}
-        self._env = {**kept, **ONE_THREAD, tree.MARK: processes.mark}
+        # Who asked for no GPU sees none; besides, what is forked must not have touched one.
+        self._env = {**kept, **ONE_THREAD, tree.MARK: processes.mark, "CUDA_VISIBLE_DEVICES": ""}
         self._log = logging.get("invoker").bind(node=node)
         self._loop = asyncio.get_running_loop()
         self._lifeline_r, self._lifeline_w = os.pipe2(os.O_CLOEXEC)
         self.pool = policy or Pool()
+        self._warm = warm
+        self.gpus = GpuWorkers(probe or NoGpus(), self._make_worker, self._worker_gone)
         self._zygotes: dict[str, ZygoteLink] = {}
         self._making: dict[str, asyncio.Task[ZygoteLink]] = {}
         self._recipes: dict[str, tuple[Sequence[Layer], ContainerSpec | None]] = {}
@@ -175,6 +187,8 @@ class ProcessRuntime:
     # -- instances -------------------------------------------------------------------------------------------
 
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
+        if spec.spec is not None and spec.spec.gpus:
+            return await self._start_on_gpu(spec, on_event)
         path = self.pool.within(_path(spec.spec, spec.object_dir))
         warmest = self.pool.warmest(path)
         handle = ProcessHandle(self, spec, warmest.warmth if warmest else "cold", on_event)
@@ -187,6 +201,24 @@ class ProcessRuntime:
                 last = died
         assert last is not None
         raise ForkFailed(f"{last.message}, {TRIES} times", hint="The invoker's log shows why.")
+
+    async def _start_on_gpu(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
+        handle = ProcessHandle(self, spec, "libs" if self.gpus.ready else "cold", on_event)
+        taken = await self.gpus.take()
+        handle.gpu, handle.made = taken.uuid, taken.made
+        try:
+            return await self._fork(handle, taken.worker)
+        except BaseException:
+            await self._drop(taken)
+            raise
+
+    async def _drop(self, taken: Taken) -> None:
+        """A worker that was taken and did not become an instance."""
+        taken.worker.close()
+        tree.kill(taken.worker.pid)
+        self._worker_gone(taken.worker)
+        await self._tree.sweep()
+        await self.gpus.give_back(taken.uuid)
 
     async def _fork(self, handle: ProcessHandle, parent: ZygoteLink) -> ProcessHandle:
         spec = handle.spec
@@ -232,6 +264,8 @@ class ProcessRuntime:
         if self._cgroups.killed_for_memory(handle.spec.name):
             self._log.warning("memory_limit_reached", instance=handle.spec.name, limit_mb=handle.spec.memory_limit_mb)
         self._cgroups.remove(handle.spec.name)
+        if handle.gpu:
+            await self.gpus.give_back(handle.gpu)
         return status
 
     def _child_exited(self, pid: int, status: int) -> None:
@@ -246,10 +280,14 @@ class ProcessRuntime:
         await self._zygote(_path(None, ""), None)
 
     async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
+        if spec.gpus:
+            return  # a worker waits already
         await self._zygote(self.pool.within(_path(spec, object_dir)), ContainerSpec("", b"", spec, object_dir))
 
     def tidy(self) -> None:
-        """End the zygotes that are not worth their memory any more, and make those again that died and are."""
+        """End the zygotes that are not worth their memory any more, and make those again that died and are; workers of
+        GPUs too."""
+        self.gpus.tidy()
         now = self._loop.time()
         for key in self.pool.surplus(now):
             self.pool.leave(key)
@@ -346,21 +384,55 @@ class ProcessRuntime:
         made.ended.add_done_callback(lambda _: self._zygote_ended(made))
         return made
 
+    async def _make_worker(self, uuid: str) -> ZygoteLink:
+        """See `gpu_workers.Make`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made = ZygoteLink(Layer(f"gpu:{uuid}", "libs"), ours, self._child_exited)
+        try:
+            made.pid = self._execute("gpu_worker", theirs, self._warm, CUDA_VISIBLE_DEVICES=uuid)
+        except BaseException:
+            made.close()
+            raise
+        finally:
+            theirs.close()
+        self._tree.add(made.pid)
+        try:
+            answer = await made.ready
+            if answer["op"] == "error":
+                raise from_info(msgspec.convert(answer["info"], ErrorInfo))
+            if answer["op"] != "ready":
+                raise ZygoteDied(f"the worker of GPU {uuid} died while it was made")
+        except BaseException:
+            made.close()
+            self._worker_gone(made)
+            raise
+        self._log.info("gpu_worker_ready", gpu=uuid, pid=made.pid, seconds=round(answer["seconds"], 3))
+        return made
+
+    def _worker_gone(self, worker: ZygoteLink) -> None:
+        """It ends, or has ended: nobody's any more."""
+        self._tree.remove(worker.pid)
+        self._sweeper = self._loop.create_task(self._tree.sweep())
+
+    def _execute(self, module: str, control: socket.socket, *arguments: str, **env: str) -> int:
+        """Run a process that talks over `control` and dies with this one."""
+        command = [sys.executable, "-P", "-m", f"sllm_invoker.containers.{module}"]
+        process = subprocess.Popen(
+            [*command, str(control.fileno()), str(self._lifeline_r), *arguments],
+            pass_fds=(control.fileno(), self._lifeline_r),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            env={**self._env, **env},
+            start_new_session=True,
+        )
+        process.returncode = 0  # we reap it ourselves, as a child among others
+        return process.pid
+
     async def _spawn(
         self, layer: Layer, parent: ZygoteLink | None, spec: ContainerSpec | None, control: socket.socket
     ) -> int:
         if parent is None:
-            command = [sys.executable, "-P", "-m", "sllm_invoker.containers.zygote"]
-            process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, once
-                [*command, str(control.fileno()), str(self._lifeline_r)],
-                pass_fds=(control.fileno(), self._lifeline_r),
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
-                env=self._env,
-                start_new_session=True,
-            )
-            process.returncode = 0  # we reap it ourselves, as a child among others
-            return process.pid
+            return self._execute("zygote", control)
         fds = [control.fileno()]
         payload = -1
         if layer.warmth == "template":
@@ -387,6 +459,7 @@ class ProcessRuntime:
 
     async def close(self) -> None:
         self._closed = True
+        self.gpus.close()
         for task in [*self._making.values(), *self._refilling]:
             task.cancel()
         await asyncio.gather(*(handle.stop(0) for handle in list(self._handles.values())))

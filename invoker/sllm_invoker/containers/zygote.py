@@ -156,7 +156,7 @@ class Zygote:
                 os.close(fd)
             if message["op"] == "layer":
                 self._layer(message, fds)
-            self._instance(message, fds)
+            become_instance(message, fds, self._lifeline)
         except SystemExit as leave:
             status = leave.code if isinstance(leave.code, int) else 1
         except BaseException:
@@ -188,27 +188,29 @@ class Zygote:
         send(control, {"op": "ready", "seconds": time.perf_counter() - began, "threads": threads()})
         Zygote(control, self._lifeline, armed).serve()
 
-    def _instance(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
-        # Moving into a group waits for the kernel (15 ms): beside everything that runs no user code.
-        entering = threading.Thread(target=_enter, args=(message["cgroups"],), name="cgroup")
-        entering.start()
-        become_subreaper()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
-        config_fd, out, err, *rest = fds
-        config = read_memfd(config_fd)
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        arm_lifeline(self._lifeline)
-        for fd in (config_fd, out, err, self._lifeline):
-            os.close(fd)
-        inherited = dict(zip(message["fds"], rest, strict=True))
-        from sllm_invoker.runner.config import loads
 
-        module, _, name = message["entry"].partition(":")
-        run = getattr(importlib.import_module(module), name)
-        run(dataclasses.replace(loads(config), **inherited), entering.join)
-        os._exit(0)
+def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> NoReturn:
+    """What a process does that is to be the instance an "instance" message describes; `lifeline` is closed."""
+    # Moving into a group waits for the kernel (15 ms): beside everything that runs no user code.
+    entering = threading.Thread(target=_enter, args=(message["cgroups"],), name="cgroup")
+    entering.start()
+    become_subreaper()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    config_fd, out, err, *rest = fds
+    config = read_memfd(config_fd)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    arm_lifeline(lifeline)
+    for fd in (config_fd, out, err, lifeline):
+        os.close(fd)
+    inherited = dict(zip(message["fds"], rest, strict=True))
+    from sllm_invoker.runner.config import loads
+
+    module, _, name = message["entry"].partition(":")
+    run = getattr(importlib.import_module(module), name)
+    run(dataclasses.replace(loads(config), **inherited), entering.join)
+    os._exit(0)
 
 
 def _enter(groups: list[str]) -> None:

@@ -1,0 +1,168 @@
+"""The workers of a node's GPUs as processes, and the look at memory when one that became an instance has ended.
+
+    take() ──► a device and the worker that waits on it, or one that is made now
+    give_back(device)  ◄── the instance's whole process tree is dead: wait until its memory is free, else the waiting
+                           workers of the device are ended too, and if that does not help nobody gets it any more
+
+Which device, how many workers, and what counts as back is `gpus`'s. Invariant: between `take` and the end of
+`give_back` nobody else gets the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from sllm_faas import logging
+from sllm_invoker.containers.base import Made
+from sllm_invoker.containers.gpus import GpuPool, Probe
+from sllm_invoker.containers.zygote_link import ZygoteLink
+
+PATIENCE = 5.0
+"""Seconds for a device's memory to be free after its last process is dead."""
+LOOK = 0.05
+
+Make = Callable[[str], Awaitable[ZygoteLink]]
+"""Start a worker that sees the one device and wait until it is up. Raises what it reports, ZygoteDied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    uuid: str
+    worker: ZygoteLink
+    made: tuple[Made, ...]
+
+
+class GpuWorkers:
+    """`end` is called with a worker that was let go of."""
+
+    def __init__(
+        self, probe: Probe, make: Make, end: Callable[[ZygoteLink], None], pool: GpuPool | None = None
+    ) -> None:
+        self._probe = probe
+        self._make = make
+        self._end = end
+        self.pool = pool or GpuPool()
+        for gpu in probe.gpus():
+            self.pool.add(gpu, probe.free(gpu.uuid))
+        self._loop = asyncio.get_running_loop()
+        self._log = logging.get("invoker")
+        self._waiting: dict[str, list[asyncio.Task[ZygoteLink]]] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many GPUs instances can have."""
+        return len(self.pool)
+
+    @property
+    def ready(self) -> bool:
+        """A start would find a worker that is up."""
+        free = [uuid for uuid, state in self.pool.states().items() if state == "free"]
+        return any(_is_up(task) for uuid in free for task in self._waiting.get(uuid, ()))
+
+    async def take(self) -> Taken:
+        """Raises NoCapacity, and what kept a worker from coming up."""
+        uuid = self.pool.take()
+        waiting = self._waiting.setdefault(uuid, [])
+        ours = not waiting
+        task = waiting[0] if waiting else self._begin(uuid)
+        began, up = self._loop.time(), _is_up(task)
+        try:
+            worker = await asyncio.shield(task)
+        except BaseException:
+            self.pool.end(uuid)
+            if not self.pool.settle(uuid, self._probe.free(uuid)):
+                self.pool.late(uuid)  # `tidy` looks again
+            raise
+        waiting.remove(task)
+        self.pool.became(uuid)
+        made = () if up else (Made("libs", self._loop.time() - began, ours),)
+        return Taken(uuid, worker, made)
+
+    async def give_back(self, uuid: str) -> bool:
+        """Nothing of what took the device is alive. Whether its memory came back."""
+        self.pool.end(uuid)
+        if await self._settled(uuid):
+            return True
+        self._log.warning("gpu_memory_held", gpu=uuid, free=self._probe.free(uuid))
+        for task in self._waiting.pop(uuid, []):
+            self._let_go(uuid, task)
+        if await self._settled(uuid):
+            return True
+        self.pool.late(uuid)
+        self._log.error("gpu_lost", gpu=uuid, free=self._probe.free(uuid))
+        return False
+
+    def tidy(self) -> None:
+        """Make the workers that are missing, and look again at devices whose memory had not come back."""
+        for uuid in self.pool.lost():
+            if self.pool.settle(uuid, self._probe.free(uuid)):
+                self._log.info("gpu_back", gpu=uuid)
+        for uuid in self.pool.missing(self._loop.time()):
+            self._begin(uuid)
+
+    def close(self) -> None:
+        self._closed = True
+        for uuid, tasks in self._waiting.items():
+            for task in tasks:
+                self._let_go(uuid, task)
+        self._waiting.clear()
+
+    # -- workers ---------------------------------------------------------------------------------------------
+
+    def _begin(self, uuid: str) -> asyncio.Task[ZygoteLink]:
+        self.pool.grown(uuid)
+        task = self._loop.create_task(self._come_up(uuid))
+        self._waiting.setdefault(uuid, []).append(task)
+        task.add_done_callback(lambda done: self._over(uuid, done))
+        return task
+
+    async def _come_up(self, uuid: str) -> ZygoteLink:
+        before = self._probe.free(uuid)
+        worker = await self._make(uuid)
+        self.pool.ready(uuid, before, self._probe.free(uuid))
+        worker.ended.add_done_callback(lambda _: self._died(uuid, worker))
+        return worker
+
+    def _over(self, uuid: str, task: asyncio.Task[ZygoteLink]) -> None:
+        """It is up, or did not come up."""
+        if task.cancelled() or task.exception() is None:
+            return
+        waiting = self._waiting.get(uuid, [])
+        if task in waiting:
+            waiting.remove(task)
+            wait = self.pool.died(uuid, self._loop.time())
+            self._log.warning("gpu_worker_failed", gpu=uuid, error=str(task.exception()), retry_after=wait)
+
+    def _died(self, uuid: str, worker: ZygoteLink) -> None:
+        """Its socket ended: it became an instance, was let go of, or died waiting."""
+        for task in self._waiting.get(uuid, []):
+            if _is_up(task) and task.result() is worker:
+                self._waiting[uuid].remove(task)
+                wait = self.pool.died(uuid, self._loop.time())
+                self._log.warning("gpu_worker_died", gpu=uuid, pid=worker.pid, retry_after=wait)
+                self._end(worker)
+                return
+
+    def _let_go(self, uuid: str, task: asyncio.Task[ZygoteLink]) -> None:
+        self.pool.shrunk(uuid)
+        if _is_up(task):
+            worker = task.result()
+            worker.close()
+            self._end(worker)
+        else:
+            task.cancel()
+
+    async def _settled(self, uuid: str) -> bool:
+        """Whether its memory is back within PATIENCE."""
+        until = self._loop.time() + PATIENCE
+        while not self.pool.settle(uuid, self._probe.free(uuid)):
+            if self._closed or self._loop.time() >= until:
+                return False
+            await asyncio.sleep(LOOK)
+        return True
+
+
+def _is_up(task: asyncio.Task[ZygoteLink]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
