@@ -34,16 +34,20 @@ from sllm_faas.errors import SllmError
 found = open_object(Path(sys.argv[2]))
 try:
     weights = from_store(int(sys.argv[1]), found.part_path(), found.manifest.parts[0])
+    at_once = weights.arrived
     weights.wait()
 except SllmError as error:
     print("error", error.code, flush=True)
     sys.exit()
 maps = Path("/proc/self/maps").read_text()
+how = "at once" if at_once else "as it came"
 print("attached", weights.tier, "slabs" if "sllm-slab" in maps else "file", flush=True)
 for line in sys.stdin:
     match line.strip():
         case "sum":
             print(xxhash.xxh3_64_hexdigest(memoryview(weights.buffer)), flush=True)
+        case "how":
+            print(how, flush=True)
         case "close":
             os.closerange(3, 256)
             print("closed", flush=True)
@@ -147,6 +151,7 @@ async def test_a_reader_gets_the_checkpoint_from_disk_and_the_next_from_memory(n
     assert (await again.loaded).tier == "dram"
     again.close()
     assert await second.hear() == "attached dram slabs"
+    assert await second.say("how") == "at once", "nothing of it has to be waited for while it is computed with"
     for reader in (first, second):
         assert await reader.say("sum") == checksum(a)
 

@@ -101,10 +101,12 @@ def _arriving(sock: socket.socket, path: Path, part: Part) -> Weights:
         if layout.mode == "file":
             return _Arriving(sock, from_file(path, part).buffer, None, path, part)
         mapping = map_slabs(fds, layout.slab_bytes, part.bytes)
+        weights = _Arriving(sock, mapping.buffer, mapping, path, part)
         if layout.whole:
             # Page by page, the first pass over the weights would wait for it; up to then there is a core to spare.
             threading.Thread(target=_touch, args=(mapping,), name="map-weights", daemon=True).start()
-        return _Arriving(sock, mapping.buffer, mapping, path, part)
+            weights.wait()  # the store says so next; a pass that need not look for its bytes is a faster one
+        return weights
     finally:
         channel.close_all(fds)
 
