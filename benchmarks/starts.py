@@ -47,7 +47,6 @@ SETTLE = 0.2
 """Seconds until the controller knows that nothing runs any more: what is stopped then is not started anew."""
 HEADER = [
     "function",
-    "node",
     "tier",
     "warmth",
     "at once",

@@ -57,11 +57,12 @@ class Need(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the book says of a node, looked up once until it learns more: its pace, and by tier and bytes the seconds
-    to read so many."""
+    """What the book says of a node, looked up once until it learns more: its pace; by tier and bytes the seconds to
+    read so many; by digest whether its page cache has it."""
 
     pace: float
     load: dict[tuple[Tier, int], float]
+    cached: dict[str, bool]
 
 
 class Candidates:
@@ -158,25 +159,28 @@ class Candidates:
             warmest -= 1
         warmth, making = need.layers[warmest].warmth, self._making(need, warmest)
         tier, size = self._tier(name, need), need.bytes
-        pace, loads = self._facts.get(name) or self._look_up(name)
+        pace, loads, _ = self._facts.get(name) or self._look_up(name)
         load = (loads.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
         others = self._starting_beside(node, but)
         if not others:
             return need.known.estimate(warmth, tier, making, load, 0.0, pace)
         now = self.ledger.now
-        queue = max(0.0, max((_read(i) for i in others if i.load), default=0.0) - now)
+        queue = 0.0
+        if tier != "dram":  # that is no read: it waits for none
+            reads = [_read(i) for i in others if i.load and i.tier != "dram"]
+            queue = max(0.0, max(reads) - now) if reads else 0.0
         here = [i for i in others if i.node == name]
         if size and (same := [i for i in here if i.digest == need.digest and i.load]):
             # It shares that one's read, or what is left of it.
             queue = max(0.0, min(map(_read, same)) - now)
-            tier = same[0].tier
+            tier, size = same[0].tier, 1
             load = self._load(node, tier, 1)
         making = max(0.0, making - self._awaited(need.layers[warmest + 1 :], here))
         alone = need.known.estimate(warmth, tier, making, load, queue, pace)
         if alone.total <= 0:
             return alone
-        left = sum(min(1.0, max(0.0, i.asked + i.predicted - now) / alone.total) for i in others)
-        return need.known.estimate(warmth, tier, making, load, queue, pace, 1.0 + left)
+        at_once = 1.0 + sum(min(1.0, max(0.0, i.asked + i.predicted - now) / alone.total) for i in others)
+        return need.known.estimate(warmth, tier, making, load, queue, pace, at_once)
 
     def _starting_beside(self, node: Node, but: str) -> list[Instance]:
         ledger = self.ledger
@@ -186,7 +190,7 @@ class Candidates:
         return [i for name in ledger.where.beside(node) for i in ledger.loading_on(name) if i.id != but]
 
     def _look_up(self, node: str) -> Facts:
-        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {})
+        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {}, {})
         return facts
 
     def _load(self, node: Node, tier: Tier, size: int) -> float:
@@ -213,7 +217,13 @@ class Candidates:
             return "disk"
         if node in need.resident or (node in need.attached and self.ledger.has_ready(node, need.digest)):
             return "dram"
-        return "disk" if node in need.holders else "remote"
+        if node not in need.holders:
+            return "remote"
+        known = (self._facts.get(node) or self._look_up(node)).cached
+        cached = known.get(need.digest)
+        if cached is None:
+            cached = known[need.digest] = estimate.is_cached(self.state.book, node, need.digest)
+        return "dram" if cached else "disk"
 
     def _awaited(self, missing: Sequence[Layer], here: Sequence[Instance]) -> float:
         """Seconds of making those layers that starts on the node have behind them."""

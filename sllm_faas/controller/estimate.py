@@ -17,8 +17,11 @@ what all functions showed. The book is a plain `dict[str, float]`: it is stored,
     own|app/function|N   own|=libs|N     seconds, N starts at once (1, 2, 4, 8 ...)
     slow||N                              how many times longer N at once take than one
     pace|node                            how many times longer than elsewhere it takes there
-    layer|key            layer|warmth    seconds to make a layer
+    layer|key|first      layer|key   layer|warmth    seconds to make a layer; `first` of those a start makes: beside
+                                         its read, which a later one most often is not
     rate|node|tier|size  rate|node|tier  bytes per second, by size class
+    cached|node|digest                   part of the starts that found it in the page cache, of those for which the
+                                         node had not said that it is in its DRAM tier
     tail|app/function    tail|=libs      seconds
     error|app/function   error|node   error    |predicted - actual|, seconds
     starts                               how many were learned from
@@ -155,7 +158,8 @@ def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: 
 
 
 def making_seconds(book: Mapping[str, float], layers: Sequence[Layer]) -> float:
-    return sum(_layer(book, layer) for layer in layers)
+    """Of layers that follow each other, by a start that finds what the first of them is made from."""
+    return sum([_layer(book, layer, k == 0) for k, layer in enumerate(layers)])
 
 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:
@@ -207,6 +211,8 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
                 _mix(book, f"layer|{warmth}", span.seconds)
                 if key:
                     _mix(book, f"layer|{key}", span.seconds)
+                    if making == span.seconds:
+                        _mix(book, f"layer|{key}|first", span.seconds)
     stall = 0.0
     read, attach = spans.get("checkpoint"), spans.get("attach")
     if start.size and read is not None:
@@ -238,6 +244,16 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
         _mix(book, f"slow||{crowd}", max(0.5, seconds / pace / alone))
     _mix(book, f"{mine}|{crowd}", seconds / pace)
     _mix(book, f"own|={start.libs}|{crowd}", seconds / pace)
+
+
+def learn_cached(book: Book, node: str, digest: str, tier: Tier) -> None:
+    """Where a checkpoint was that is not in the node's DRAM tier: small ones are in the kernel's page cache."""
+    _mix(book, f"cached|{node}|{digest}", float(tier == "dram"))
+
+
+def is_cached(book: Mapping[str, float], node: str, digest: str) -> bool:
+    """Whether the page cache most often has it."""
+    return book.get(f"cached|{node}|{digest}", 0.0) > 0.5
 
 
 def forget(book: Book, node: str) -> None:
@@ -273,8 +289,10 @@ def _slowdown(book: Mapping[str, float], crowd: int) -> float:
     return 1.0 if crowd == 1 else book.get(f"slow||{crowd}", 1.0 + CROWDING * (crowd - 1))
 
 
-def _layer(book: Mapping[str, float], layer: Layer) -> float:
-    found = book.get(f"layer|{layer.key}")
+def _layer(book: Mapping[str, float], layer: Layer, first: bool) -> float:
+    found = book.get(f"layer|{layer.key}|first") if first else None
+    if found is None:
+        found = book.get(f"layer|{layer.key}")
     if found is None:
         found = book.get(f"layer|{layer.warmth}")
     return LAYER.get(layer.warmth, 0.0) if found is None else found

@@ -150,6 +150,8 @@ class Instances:
                     instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
                 ),
             )
+            if instance.digest and node.name not in self.ledger.where.resident(instance.digest):
+                estimate.learn_cached(self.state.book, node.name, instance.digest, instance.tier)
             self.ledger.where.renew(node.name)
         self._remember(instance, "ready", None)
 

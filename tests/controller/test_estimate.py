@@ -74,6 +74,28 @@ def test_missing_layers_are_learned_apart_from_the_function():
     assert total(book, cold) == pytest.approx(4.0)
 
 
+def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
+    """The first is made beside the read, a later one most often after it."""
+    book: e.Book = {}
+    for _ in range(5):
+        spans = (Span("libs", 0.0, 3.0, "made"), Span("template", 3.0, 0.2, "made"))
+        learn(book, replace(MODEL, warmth="base", missing=(LIBS, TEMPLATE)), 3.3, *spans)
+        learn(book, replace(MODEL, warmth="libs", missing=(TEMPLATE,)), 0.6, Span("template", 0.0, 0.5, "made"))
+    assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.5)
+    assert 3.2 < e.making_seconds(book, (LIBS, TEMPLATE)) < 3.5
+
+
+def test_where_the_page_cache_most_often_has_it_is_learned_by_node():
+    book: e.Book = {}
+    assert not e.is_cached(book, "n", "d")
+    for tier in ("disk", "dram", "dram"):
+        e.learn_cached(book, "n", "d", tier)
+    assert e.is_cached(book, "n", "d")
+    assert not e.is_cached(book, "m", "d")
+    e.forget(book, "n")
+    assert not e.is_cached(book, "n", "d")
+
+
 def test_a_layer_that_another_start_makes_is_not_learned_from_who_waits_for_it():
     book: e.Book = {}
     cold = replace(MODEL, size=0, missing=(LIBS,))

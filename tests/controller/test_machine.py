@@ -7,9 +7,10 @@ import pytest
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.model import key_of
+from sllm_faas.controller.state import Machine
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.spec import AppSpec, Scaling, Target
-from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, TargetDemand
+from sllm_faas.spec import AppSpec, Scaling, Target, digest
+from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, NodeStats, TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import DIGEST, FAILED, ModelNode, World
 
@@ -653,6 +654,23 @@ def test_restoring_is_only_possible_first():
     before = len(made.log)
     made.feed(ev.Restored())
     assert len(made.log) == before
+
+
+def test_only_a_start_that_reads_waits_for_the_reads_before_it():
+    """What is in DRAM is attached, whatever the disk is busy with."""
+    machine = Machine("abc")
+    specs = [llm(name, memory_mb=100) for name in ("a", "b", "c")]
+    digests = {spec.name: digest(spec.name.encode()) for spec in specs}
+    version = ev.StoredVersion("app", 1, app(*specs), True, 0.0, active=True, digests=digests)
+    machine.handle(ev.Restored((version,), sizes=dict.fromkeys(digests.values(), 10**9)), 0.0)
+    machine.handle(ev.GatewayUp("g", "1"), 0.0)
+    info = NodeInfo("n", "ipc:///n", memory_mb=50_000, bandwidth={"disk": 1e9}, checkpoints=tuple(digests.values()))
+    machine.handle(ev.NodeUp(info, "1"), 0.0)
+    machine.handle(ev.NodeStatsSeen("n", NodeStats(50_000, 50_000, 0, (digests["c"],))), 0.0)
+    for name in "abc":
+        machine.handle(ev.DemandSeen("g", (TargetDemand(Target("app", name, 1), 1, 0),)), 0.0)
+    queued = {i.target.function: (i.tier, i.queued) for i in machine.state.instances.values()}
+    assert queued == {"a": ("disk", 0.0), "b": ("disk", 1.0), "c": ("dram", 0.0)}
 
 
 def test_a_start_is_timed_and_the_next_one_predicted_by_it():
