@@ -2,11 +2,12 @@
 
 An invoker keeps a lost gateway's invocations for `orphan_grace`. It may not have noticed the loss yet (three missed
 heartbeats): "owned" is therefore asked again for a while. Several may have it, when it was resumed or moved: the one
-under the highest fence is the one, and the others are told to stop. An invoker that still has every output since its
-INVOKE replays them all: what the client has seen is not delivered again, but makes the resume state whole.
+under the highest fence is the one, and the others are told to stop. Which that is shows when all have answered; what
+they say until then waits, or the end of one that was moved away would be taken for the end of the answer. An invoker
+that still has every output since its INVOKE replays them all: what the client has seen is not delivered again, but
+makes the resume state whole.
 
-Invariant: at most one handle per invocation comes of it, registered in the same wake-up as ADOPTED, before the outputs
-that follow it on the link.
+Invariant: at most one handle per invocation comes of it, registered before what its invoker says of it is looked at.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class _Search:
         self.answers: dict[str, str] = {}
         self.unlinked: set[str] = set()
         """Nodes that could not be asked."""
+        self.found: dict[str, codec.Frame] = {}
+        self.early: list[tuple[str, codec.Frame]] = []
+        """What those who have it said before all had answered."""
         self.handle: Handle | None = None
         self.done = asyncio.Event()
 
@@ -48,7 +52,7 @@ class Adoptions:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._searches: dict[bytes, _Search] = {}
-        dispatcher.adoptions = self.on_adopted
+        dispatcher.adoptions = self
 
     async def adopt(self, identity: bytes, first: int) -> Handle:
         """The invocation, from its output `first` on.
@@ -63,10 +67,13 @@ class Adoptions:
         deadline = loop.time() + PATIENCE
         while True:
             search = self._searches[identity] = _Search(first)
+            wanted = False
             try:
                 await self._ask(identity, search)
+                wanted = True
             finally:
                 del self._searches[identity]
+                self._choose(search, wanted)
             if search.handle is not None:
                 return search.handle
             error = _verdict(search)
@@ -101,18 +108,29 @@ class Adoptions:
             return
         search.answers[node] = body.status
         if body.status == "found":
-            self._found(search, node, frame)
+            search.found[node] = frame
         if len(search.answers) == len(search.asked):
             search.done.set()
 
-    def _found(self, search: _Search, node: str, frame: codec.Frame) -> None:
-        header, other = frame.header, search.handle
-        if other is not None and other.inv.fence >= header.fence:
-            self._dispatcher.disown(node, header)
-            return
-        if other is not None and self._dispatcher.handle(header.id) is other:
-            self._dispatcher.forget(other)
-        search.handle = self._take(node, frame, search.first)
+    def early(self, node: str, frame: codec.Frame) -> bool:
+        """A frame of an invocation without a handle: whether it is kept until it is clear who has it."""
+        search = self._searches.get(frame.header.id)
+        adopted = search.found.get(node) if search is not None else None
+        if search is None or adopted is None or adopted.header.fence != frame.header.fence:
+            return False
+        search.early.append((node, frame))
+        return True
+
+    def _choose(self, search: _Search, wanted: bool) -> None:
+        """The one under the highest fence is taken over, with what it has said; the others are not the one. None is if
+        nobody wants it any more."""
+        for node in sorted(search.found, key=lambda node: search.found[node].header.fence, reverse=True):
+            if wanted and search.handle is None:
+                search.handle = self._take(node, search.found[node], search.first)
+            else:
+                self._dispatcher.disown(node, search.found[node].header)
+        for node, frame in search.early:
+            self._dispatcher.on_invocation_frame(node, frame)
 
     def _take(self, node: str, frame: codec.Frame, first: int) -> Handle | None:
         dispatcher, header, body = self._dispatcher, frame.header, frame.body

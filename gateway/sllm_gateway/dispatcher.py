@@ -21,6 +21,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 from sllm_faas.dispatch.fences import Verdict, judge
 from sllm_faas.dispatch.invocation import CANCEL_INTERVAL, Due, Invocation, State, TargetClock
@@ -51,6 +52,15 @@ _OF_INVOCATIONS = frozenset({Type.OUTPUT, Type.DONE, Type.FAILED, Type.CANCELLED
 _IN_FLIGHT = (State.DISPATCHED, State.STREAMING)
 
 
+class Adopter(Protocol):
+    """Takes over what other gateways left behind (see `adoption`)."""
+
+    def on_adopted(self, node: str, frame: codec.Frame) -> None: ...
+
+    def early(self, node: str, frame: codec.Frame) -> bool:
+        """A frame of an invocation without a handle: whether it is kept for the one that it may yet get."""
+
+
 class Dispatcher:
     """`on_ended(handle)` sees every invocation once, when its caller's answer is settled.
 
@@ -74,8 +84,7 @@ class Dispatcher:
         self.resumes: Counter[str] = Counter()
         self.moves: Counter[str] = Counter()
         self.nodes: dict[str, Rpc] = {}
-        self.adoptions: Callable[[str, codec.Frame], None] | None = None
-        """Takes ADOPTED frames (see `adoption`)."""
+        self.adoptions: Adopter | None = None
         self._links: dict[str, Link] = {}
         self._handles: dict[bytes, Handle] = {}
         self._by_inv: dict[Invocation, Handle] = {}
@@ -185,7 +194,7 @@ class Dispatcher:
             return
         kind = frame.header.type
         if kind in _OF_INVOCATIONS:
-            self._on_invocation_frame(node, frame)
+            self.on_invocation_frame(node, frame)
         elif kind is Type.GRANT:
             self._on_grant(node, frame.header, frame.body)
         elif kind is Type.REPLY:
@@ -194,7 +203,7 @@ class Dispatcher:
                 self.drops["unasked_reply"] += 1
         elif kind is Type.ADOPTED:
             if self.adoptions is not None:
-                self.adoptions(node, frame)
+                self.adoptions.on_adopted(node, frame)
         elif kind not in (Type.WELCOME, Type.HEARTBEAT, Type.BYE):
             self.drops["unexpected_type"] += 1
 
@@ -212,12 +221,6 @@ class Dispatcher:
         self._targets.started(inv.target)
         self._alarm.set(inv, inv.running_due())
         return handle
-
-    def forget(self, handle: Handle) -> None:
-        """Another attempt of the same invocation is the one; nobody has seen anything of this."""
-        self._leave_behind(handle)
-        self._release(handle)
-        self._drop(handle)
 
     def disown(self, node: str, header: Header) -> None:
         """What speaks under this header is not the one."""
@@ -248,9 +251,11 @@ class Dispatcher:
 
     # -- frames of invocations -------------------------------------------------------------------------------
 
-    def _on_invocation_frame(self, node: str, frame: codec.Frame) -> None:
+    def on_invocation_frame(self, node: str, frame: codec.Frame) -> None:
         header = frame.header
         handle = self._handles.get(header.id)
+        if handle is None and self.adoptions is not None and self.adoptions.early(node, frame):
+            return
         if handle is None or handle.node != node:
             self.drops["unknown_invocation" if handle is None else "stray"] += 1
             self._ghosts.heard(node, header)

@@ -95,6 +95,38 @@ async def test_of_several_the_highest_fence_is_the_one_and_the_others_are_stoppe
     world.empty()
 
 
+@pytest.mark.parametrize("order", [("n", "m"), ("m", "n")])
+async def test_the_end_of_one_that_was_moved_away_is_not_the_answers_end(world: World, order: tuple[str, str]) -> None:
+    """Its source has ended it when it was moved; whoever answers first, it goes on where it runs, and nowhere else."""
+    search = asked(world, 1)
+    await asyncio.sleep(0)
+    for node in order:
+        if node == "n":
+            found(world, "n", 1, 0)
+            say(world, "n", 1, 0, b"0", b"1")
+            world.receive(Header(Type.CANCELLED, ID, 1, 1), None, "n")
+        else:
+            found(world, "m", 2, 0)
+            say(world, "m", 2, 0, b"0", b"1", b"2")
+    handle = await search
+    assert (handle.node, handle.inv.fence, handle.inv.resumes) == ("m", 2, 0)
+    assert not sent(world, "n", Type.INVOKE) + sent(world, "m", Type.INVOKE) + sent(world, "m", Type.CANCEL)
+    world.reply(handle, Type.DONE, Done(), seq=3)
+    assert await taken(handle) == [b"1", b"2"]
+    world.empty()
+
+
+async def test_who_goes_away_while_it_is_looked_for_leaves_nothing_running(world: World) -> None:
+    search = asked(world, 0)
+    await asyncio.sleep(0)
+    found(world, "n", 1, 0)
+    search.cancel()
+    await asyncio.gather(search, return_exceptions=True)
+    assert [frame.header.fence for frame in sent(world, "n", Type.CANCEL)] == [1]
+    world.receive(Header(Type.CANCELLED, ID, 1, 1), None, "n")
+    world.empty()
+
+
 async def test_a_part_of_a_stream_is_no_state_to_resume_from(world: World) -> None:
     search = asked(world, 5)
     await asyncio.sleep(0)
