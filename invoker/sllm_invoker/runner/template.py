@@ -43,6 +43,7 @@ def import_libs(libs: Iterable[str]) -> None:
             importlib.import_module(name)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].manual_seed(0)  # for what that imports: every instance seeds itself
     gc.freeze()
 
 
