@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from sllm_invoker.checkpoints.mapping import map_slabs
 from sllm_invoker.checkpoints.object import ByteRange, Part
+from sllm_invoker.checkpoints.slabs import SlabPool
 from sllm_invoker.runner import attach as attaching
+from sllm_invoker.runner import cuda, template
 from sllm_invoker.runner.arriving import arriving
 from sllm_invoker.runner.attach import attach, prepare
 from sllm_invoker.runner.device_weights import DeviceWeights, Stage, grouped
 from sllm_invoker.runner.engines import create
 from sllm_invoker.runner.engines.base import GenerateRequest, Sampling
 from sllm_invoker.runner.engines.rows import _reserve
-from sllm_invoker.runner.llm import device_cache
+from sllm_invoker.runner.llm import device_cache, open_model
 from sllm_invoker.runner.weights import Weights, from_file
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, NoCapacity, PlatformError, Unavailable
+from sllm_faas.spec import CheckpointSpec, FunctionSpec
 
 from .fake_device import FakeDevice
 
@@ -111,6 +117,71 @@ async def test_an_engine_draws_the_same_tokens_through_a_device(case, engine, st
         assert await _draw(made, request) == expected
     finally:
         made.close()
+
+
+async def test_a_function_with_a_gpu_is_on_its_way_there_while_the_skeleton_is_built(case, engine, monkeypatch):
+    checkpoint, device = case("llama").checkpoint, FakeDevice()
+    request = GenerateRequest((3, 14, 15), 6, Sampling(temperature=0), ignore_eos=True)
+    expected = await _draw(engine("llama"), request)
+    asked = []
+    prepare = attaching.prepare
+    monkeypatch.setattr(attaching, "prepare", lambda *args: asked.append(list(device.calls)) or prepare(*args))
+    monkeypatch.setattr(cuda, "open_stage", lambda: Stage(device, piece=PIECE, group=1))
+    spec = FunctionSpec("m", kind="llm", checkpoint=CheckpointSpec("anything"), gpus=1, concurrency=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = open_model(spec, str(checkpoint.directory))
+        assert torch.get_num_threads() == 1, "a small model runs on one thread"
+    finally:
+        torch.set_num_threads(threads)
+    assert asked[0][0][0] == "allocate"
+    try:
+        assert await _draw(model._engine, request) == expected
+    finally:
+        model.close()
+
+
+def test_a_skeleton_made_where_nothing_is_forked_leaves_the_threads_as_they_were(case):
+    spec = FunctionSpec("m", kind="llm", checkpoint=CheckpointSpec("anything"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        template.take_skeleton(spec, str(case("llama").checkpoint.directory))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_warming_runs_a_tiny_model_where_the_device_is(monkeypatch):
+    ran = []
+    monkeypatch.setattr(cuda, "open_stage", lambda: Stage(FakeDevice(), piece=PIECE))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", _noting(ran))
+    cuda.warm()
+    assert [tuple(ids.shape) for ids in ran] == [(1, 16), (1, 1)]
+
+
+def _noting(ran, forward=transformers.LlamaForCausalLM.forward):
+    def noted(self, ids, *args, **kwargs):
+        ran.append(ids)
+        return forward(self, ids, *args, **kwargs)
+
+    return noted
+
+
+def test_a_sealed_slab_is_mapped_shared_for_reading_and_not_for_writing():
+    pool = SlabPool(1, slab_bytes=1 << 16)
+    try:
+        slab = pool.create()
+        slab.view[:4] = b"slab"
+        mapping = map_slabs([slab.fd], 1 << 16, 1 << 16, shared=True)
+        slab.view[:4] = b"late"
+        assert bytes(mapping.buffer[:4]) == b"late"
+        mapping.unmap()
+        with pytest.raises(PermissionError):
+            mmap.mmap(slab.fd, 1 << 16)
+    finally:
+        pool.close()
 
 
 def test_once_everything_is_there_nothing_waits_any_more(case, staged):
@@ -228,8 +299,6 @@ def test_the_cache_of_a_device_is_zeros_of_its_own_and_has_no_pages():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_the_error_says_what_to_look_at():
-    from sllm_invoker.runner import cuda
-
     with pytest.raises(Unavailable, match="sees no CUDA device"):
         cuda.open_stage()
 

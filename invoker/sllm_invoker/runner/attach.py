@@ -63,8 +63,8 @@ class Place:
 @dataclass(slots=True)
 class Skeleton:
     """A model without weights, what belongs where in it, and what else can be made before the fork. `weights` is set
-    by `attach`, which asks the checkpoint store for them where there is a `channel` to it, and copies them to the
-    device behind `stage` where there is one."""
+    by `attach`: to what was `begun`, else it asks the checkpoint store for them where there is a `channel` to it, and
+    copies them to the device behind `stage` where there is one."""
 
     checkpoint: CheckpointObject
     model: Any
@@ -75,6 +75,7 @@ class Skeleton:
     adapters: Adapters | None = None
     channel: int = -1
     stage: Stage | None = None
+    begun: Weights | None = None
     weights: Weights | None = None
 
     @property
@@ -131,11 +132,10 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
                 f"{directory} holds checkpoint {checkpoint.digest}, the skeleton is of {skeleton.checkpoint.digest}."
             )
     part = checkpoint.manifest.parts[0]
-    path = checkpoint.part_path()
-    weights = from_store(skeleton.channel, path, part) if skeleton.channel >= 0 else from_file(path, part)
-    skeleton.channel = -1
     if skeleton.stage is not None:
-        weights = _on_device(skeleton, weights, skeleton.stage)
+        _suit_device(skeleton)
+    weights = skeleton.begun or begin(checkpoint, skeleton.channel, skeleton.stage)
+    skeleton.channel, skeleton.begun = -1, None
     mapped = time.perf_counter()
     _assign(skeleton.places, weights, skeleton.device)
     skeleton.checkpoint, skeleton.weights = checkpoint, weights
@@ -150,6 +150,18 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
         seconds=done - started,
         stages={"map": mapped - started, "assign": done - mapped},
     )
+
+
+def begin(checkpoint: CheckpointObject, channel: int, stage: Stage | None) -> Weights:
+    """The weights alone, mapped and, where there is a `stage`, on their way to its device: the skeleton may be built
+    beside that. Raises as `attach` does."""
+    path, part = checkpoint.part_path(), checkpoint.manifest.parts[0]
+    weights = from_store(channel, path, part) if channel >= 0 else from_file(path, part)
+    if stage is None:
+        return weights
+    from sllm_invoker.runner.device_weights import DeviceWeights
+
+    return DeviceWeights(weights, stage)
 
 
 # -- pieces, shared with ingest ------------------------------------------------------------------------------
@@ -329,14 +341,11 @@ def _places(model: Any, checkpoint: CheckpointObject, packed: tuple[quantized.Pa
     )
 
 
-def _on_device(skeleton: Skeleton, weights: Weights, stage: Stage) -> Weights:
-    from sllm_invoker.runner.device_weights import DeviceWeights
-
+def _suit_device(skeleton: Skeleton) -> None:
     if skeleton.packed:
         raise BadSpec("the checkpoint is quantised; on a GPU only unquantised ones are served so far.", param="gpu")
     if skeleton.adapters is not None:
         skeleton.adapters.move(skeleton.device)
-    return DeviceWeights(weights, stage)
 
 
 def _assign(places: tuple[Place, ...], weights: Weights, device: torch.device) -> None:

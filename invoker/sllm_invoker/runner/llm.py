@@ -16,12 +16,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sllm_faas.errors import BadRequest, ContextTooLong, NoCapacity, SllmError, UnsupportedParameter, WireError, to_info
 from sllm_faas.spec import FunctionSpec
 from sllm_faas.wire.codec import unpack_as
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.llm import LlmEmbeddings, LlmRequest, LlmUsage, encode
+from sllm_invoker.checkpoints.object import open_object
 from sllm_invoker.runner import engines, template
 from sllm_invoker.runner.call import Call, Parts
 from sllm_invoker.runner.engines.base import Engine
@@ -29,6 +31,10 @@ from sllm_invoker.runner.generation import Generation
 from sllm_invoker.runner.moving import answer
 from sllm_invoker.runner.tasks import Tasks
 from sllm_invoker.runner.tokens import TextCodec
+
+if TYPE_CHECKING:
+    from sllm_invoker.runner.device_weights import Stage
+    from sllm_invoker.runner.weights import Weights
 
 MIN_CACHE_BYTES = 512 * 1024 * 1024
 DEVICE_SHARE = 0.85
@@ -143,16 +149,13 @@ def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> Langua
 
     Raises CheckpointError, BadSpec; where the function asks for a GPU, Unavailable without one and NoCapacity on one
     that is too small."""
+    stage, weights = _to_device(object_dir, channel) if spec.gpus else (None, None)
     skeleton = template.take_skeleton(spec, object_dir)
-    skeleton.channel = channel
+    skeleton.channel, skeleton.stage, skeleton.begun = channel, stage, weights
     manifest = skeleton.checkpoint.manifest
     per_token, context = manifest.kv_bytes_per_token, manifest.max_context
-    if spec.gpus:
-        from sllm_invoker.runner import cuda
-
-        skeleton.stage = cuda.open_stage()
-        room = skeleton.stage.device.memory().free - manifest.total_bytes
-        sequences, tokens = device_cache(room, per_token, context, spec.concurrency)
+    if stage is not None:
+        sequences, tokens = device_cache(stage.device.memory().free, per_token, context, spec.concurrency)
     else:
         sequences, tokens = spec.concurrency, cache_tokens(spec, per_token, context)
     engine = engines.create(skeleton, cache_tokens=tokens, max_sequences=sequences)
@@ -164,6 +167,15 @@ def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> Langua
     stages = " ".join(f"{name}={seconds * 1e3:.1f}ms" for name, seconds in report.stages.items())
     attached = f"{report.tensors} tensors, {report.bytes / 1e6:.1f} MB mapped: {stages}"
     return LanguageModel(engine, skeleton.codec, attached)
+
+
+def _to_device(object_dir: str, channel: int) -> tuple[Stage, Weights]:
+    """The weights are on their way to the GPU when this returns: the skeleton, which no template has made, is built
+    beside that."""
+    from sllm_invoker.runner import attach, cuda
+
+    stage = cuda.open_stage()
+    return stage, attach.begin(open_object(Path(object_dir)), channel, stage)
 
 
 class Contexts:

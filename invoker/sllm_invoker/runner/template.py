@@ -68,9 +68,15 @@ def take_skeleton(spec: FunctionSpec, object_dir: str) -> Skeleton:
     prepared, _skeleton = _skeleton, None
     if prepared is not None:
         return prepared
+    import torch
+
     from sllm_invoker.runner import attach
 
-    return attach.prepare(Path(object_dir), _adapters(spec, object_dir))
+    threads = torch.get_num_threads()
+    try:
+        return attach.prepare(Path(object_dir), _adapters(spec, object_dir))
+    finally:
+        torch.set_num_threads(threads)  # nothing is forked from here: `prepare` left one
 
 
 def _adapters(spec: FunctionSpec, object_dir: str) -> dict[str, Path]:
