@@ -3,7 +3,8 @@
     python -m benchmarks.models SHAPE DIRECTORY [--pickle] [--variant DIRECTORY …]
 
 `--pickle` writes the state dict for torch.load too; each `--variant` is the same model with other bytes: another
-checkpoint of the same size. The tokenizer knows the words w0 … w31999. A directory that is there already is left.
+checkpoint of the same size. The tokenizer knows a word for each id: w0, w1 and so on. A directory that is there already
+is left.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }  # fmt: skip
+LARGE: dict[str, dict[str, Any]] = {
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+"""Made on a GPU where there is one: only for benchmarks that need one."""
 VOCABULARY = 32000
 PROMPT = " ".join(f"w{17 * i + 5}" for i in range(16))
 """Sixteen tokens."""
@@ -46,7 +54,7 @@ def build(shape: str, where: Path, *, pickle: bool = False, variants: Sequence[P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices={**SHAPES, **LARGE})
     parser.add_argument("directory", type=Path)
     parser.add_argument("--pickle", action="store_true")
     parser.add_argument("--variant", type=Path, action="append", default=[])
@@ -59,19 +67,24 @@ def main() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers.initialization import no_init_weights
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    large = options.shape in LARGE
+    shape = {"vocab_size": VOCABULARY, **(LARGE if large else SHAPES)[options.shape]}
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape["vocab_size"])}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=None, **SHAPES[options.shape],
-    )  # fmt: skip
+        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, **shape
+    )
     torch.manual_seed(1)
-    with no_init_weights():
+    device = torch.device("cuda" if large and torch.cuda.is_available() else "cpu")
+    torch.set_default_dtype(torch.bfloat16 if large else torch.float32)  # one in float32 would take twice the memory
+    with no_init_weights(), device:
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
+    model.to("cpu")
     for path in wanted:
         if path in options.variant:
             with torch.no_grad():
