@@ -281,9 +281,12 @@ class AppSpec:
     bundle: str = ""
     weight: float = 1.0
     """The app's share when apps compete, relative to the others'."""
+    max_concurrency: int = 0
+    """Invocations of all its functions that may run at once; 0: no cap."""
 
     def __post_init__(self) -> None:
         check_app_name(self.name)
+        _check_range("max_concurrency", self.max_concurrency, 0, 1_000_000)
         _check_range("weight", self.weight, 0.01, 1000.0)
         if not self.functions:
             raise ValueError(f"app {self.name!r} has no functions; register one with @app.function")

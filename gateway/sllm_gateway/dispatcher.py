@@ -109,12 +109,11 @@ class Dispatcher:
         now = self.clock()
         inv = call.begin(now, self.window)
         handle = Handle(self, inv, call, time.time())
-        if not self.queue.waiting(call.target):
-            slot = self.slots.reserve(call.target)
-            if slot is not None:
-                self._add(handle)
-                self._dispatch(handle, slot, None)
-                return handle
+        slot = self._targets.straight(call.target)
+        if slot is not None:
+            self._add(handle)
+            self._dispatch(handle, slot, None)
+            return handle
         loser = self._targets.line_up(inv, call.max_queue, call.weight)
         self._add(handle)
         if loser is not None:
@@ -362,9 +361,10 @@ class Dispatcher:
 
     def _pump(self, target: Target) -> None:
         """Dispatch what waits while there are slots."""
-        while (found := self._targets.take(target)) is not None:
-            inv, slot = found
-            self._dispatch(self._by_inv[inv], slot, self._targets.clock_of(target))
+        for each in self._targets.in_turn(target):
+            while (found := self._targets.take(each)) is not None:
+                inv, slot = found
+                self._dispatch(self._by_inv[inv], slot, self._targets.clock_of(each))
 
     def _dispatch(self, handle: Handle, slot: Instance, clock: TargetClock | None) -> None:
         inv, call = handle.inv, handle.call
@@ -545,8 +545,12 @@ class Dispatcher:
     # -- routes ----------------------------------------------------------------------------------------------
 
     def _rerouted(self) -> None:
+        more = self._targets.caps.replace(self.routes.caps())
         for target in self.queue.targets():
             self._reroute(target)
+        for target in self.queue.targets():
+            if target.app in more:
+                self._pump(target)
         self._ghosts.keep({*self._links, *self.routes.nodes})
         if self._on_routes is not None:
             self._on_routes(self.routes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from sllm_faas.dispatch.caps import Caps
 from sllm_faas.dispatch.invocation import Invocation, TargetClock
 from sllm_faas.dispatch.queue import WaitQueue
 from sllm_faas.dispatch.routes import RouteTable
@@ -46,6 +47,7 @@ class Targets:
         send: Callable[[str, Parts], None],
     ) -> None:
         self.queue: WaitQueue[Invocation] = WaitQueue(max_waiting)
+        self.caps = Caps()
         self._clock = clock
         self._slots = slots
         self._alarm = alarm
@@ -85,14 +87,32 @@ class Targets:
             self._demand.changed(inv.target)
 
     def take(self, target: Target) -> tuple[Invocation, Instance] | None:
-        """Who is next, and the slot it gets; None when there is nobody, or no slot."""
-        if not self.queue.waiting(target) or not self._slots.has_free(target):
+        """Who is next, and the slot it gets; None when there is nobody, or no slot, or its app runs all it may."""
+        if not self.queue.waiting(target) or not self._slots.has_free(target) or not self.caps.room(target.app, 1):
             return None
         inv, slot = self.queue.pop(target), self._slots.reserve(target)
         assert inv is not None
         assert slot is not None
         self._demand.changed(target)
         return inv, slot
+
+    def straight(self, target: Target) -> Instance | None:
+        """A slot for a newcomer, if nobody waits before it and its app may run more."""
+        if self.queue.waiting(target) or not self.caps.room(target.app, 1):
+            return None
+        return self._slots.reserve(target)
+
+    def in_turn(self, target: Target) -> list[Target]:
+        """Whose line may go on when something changed for the target: its own; where its app is capped all of its,
+        those first that have waited longest."""
+        if not self.caps.capped(target.app):
+            return [target]
+        lines = [(oldest.submitted, each) for each, oldest in self._oldest_of(target.app)]
+        return [each for _, each in sorted(lines)]
+
+    def _oldest_of(self, app: str) -> list[tuple[Target, Invocation]]:
+        mine = [target for target in self.queue.targets() if target.app == app]
+        return [(target, oldest) for target in mine if (oldest := self.queue.oldest(target)) is not None]
 
     def reroute(self, target: Target, routes: RouteTable) -> Rerouted:
         """What waits for a version that no longer serves waits for the one that does; what has been answered in part
@@ -128,13 +148,18 @@ class Targets:
 
     def started(self, target: Target) -> None:
         self._running[target] = self._running.get(target, 0) + 1
+        self.caps.started(target.app)
         self._demand.changed(target)
 
     def stopped(self, target: Target) -> None:
         running = self._running.pop(target) - 1
         if running:
             self._running[target] = running
+        self.caps.stopped(target.app)
         self._demand.changed(target)
+        if self.caps.capped(target.app):
+            for other, _ in self._oldest_of(target.app):
+                self._demand.urgent(other)  # what was above the cap is demand now
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -161,11 +186,11 @@ class Targets:
 
     def answer_grant(self, instance: Instance) -> None:
         """WANT: the grant was taken in, and so many slots more could be used."""
-        instance.wanted = instance.want(self.queue.waiting(instance.target))
+        instance.wanted = instance.want(self._usable(instance.target))
         self._say_want(instance)
 
     def _tell_wants(self, target: Target) -> None:
-        waiting = self.queue.waiting(target)
+        waiting = self._usable(target)
         if not waiting and target not in self._wanting:
             return
         self._wanting.discard(target)
@@ -184,7 +209,13 @@ class Targets:
         self._send(instance.node, codec.encode(header, Want(instance.wanted)))
 
     def _counts(self, target: Target) -> tuple[int, int]:
-        return self.queue.waiting(target), self._running.get(target, 0)
+        return self._usable(target), self._running.get(target, 0)
+
+    def _usable(self, target: Target) -> int:
+        """How many slots more it could use: one for each that waits, as far as its app may run them. But one if any
+        waits, so that its turn does not pass to the app's other functions for want of a slot."""
+        waiting = self.queue.waiting(target)
+        return max(1, self.caps.room(target.app, waiting)) if waiting else 0
 
     def _line(self, target: Target) -> tuple[float, int]:
         """Age in seconds of the oldest that waits, and about how many tokens do."""
@@ -199,3 +230,7 @@ class Targets:
         """`running`: what runs, counted by its owner."""
         self.queue.validate()
         assert running == self._running, "running counts disagree"
+        apps: dict[str, int] = {}
+        for target, count in running.items():
+            apps[target.app] = apps.get(target.app, 0) + count
+        self.caps.validate(apps)

@@ -73,12 +73,13 @@ class Llm:
 
 
 class App:
-    """A named set of functions. `weight` is its share when apps compete for capacity, relative to the others'.
+    """A named set of functions. `weight` is its share when apps compete for capacity, relative to the others';
+    `max_concurrency` caps the calls of all its functions that run at once (0: no cap), shared out between gateways.
 
     Raises BadSpec for a name that is not 1-63 lower-case letters, digits and '-'.
     """
 
-    def __init__(self, name: str, *, weight: float = 1.0) -> None:
+    def __init__(self, name: str, *, weight: float = 1.0, max_concurrency: int = 0) -> None:
         if not isinstance(name, str):
             raise BadSpec(f"app name is {name!r}; allowed: text, as in sllm.App('translator').")
         with as_bad_spec():
@@ -88,6 +89,10 @@ class App:
             raise BadSpec(f"weight is {weight!r}; allowed: 0.01 to 1000.")
         self.name = name
         self.weight = float(weight)
+        number("max_concurrency", max_concurrency, int)
+        if not 0 <= max_concurrency <= 1_000_000:
+            raise BadSpec(f"max_concurrency is {max_concurrency!r}; allowed: 0 (no cap) to 1000000.")
+        self.max_concurrency = max_concurrency
         self.registered: dict[str, Function[..., Any, Any] | StreamFunction[..., Any, Any] | Cls | Llm] = {}
         self.entrypoints: dict[str, Callable[..., Any]] = {}
         self._specs: dict[str, FunctionSpec] = {}
@@ -210,7 +215,7 @@ class App:
         """One deployment of the app. `bundle` is the digest of its source, `libs` what that imports. BadSpec."""
         functions = tuple(replace(spec, libs=libs) if spec.kind != "llm" else spec for spec in self.functions)
         with as_bad_spec():
-            return AppSpec(self.name, functions, bundle, self.weight)
+            return AppSpec(self.name, functions, bundle, self.weight, self.max_concurrency)
 
 
 def llm_spec(name: str, checkpoint: str | Path | CheckpointSpec, **options: Any) -> FunctionSpec:

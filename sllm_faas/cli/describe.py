@@ -90,7 +90,14 @@ _GET: dict[str, Callable[[Api, str], Any]] = {
 
 
 def _show_app(app: dict[str, Any]) -> None:
-    output.pairs([("app", app["app"]), ("version", app["version"]), ("weight", app["weight"])])
+    output.pairs(
+        [
+            ("app", app["app"]),
+            ("version", app["version"]),
+            ("weight", app["weight"]),
+            ("at once", app["max_concurrency"] or "no cap"),
+        ]
+    )
     click.echo()
     output.table(
         ["function", "kind", "methods", "slots", "instances", "waiting", "running", "checkpoint"],

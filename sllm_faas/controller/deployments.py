@@ -23,7 +23,7 @@ from sllm_faas.controller.commands import (
 from sllm_faas.controller.ledger import Ledger, resolve
 from sllm_faas.controller.model import App, Version, VersionState, key_of
 from sllm_faas.errors import Conflict, ErrorInfo, IllegalTransition, Unavailable, to_info
-from sllm_faas.spec import Target
+from sllm_faas.spec import AppSpec, Target
 from sllm_faas.wire.messages import Check, FunctionRoute
 
 CHECK_WAIT = 30.0
@@ -210,12 +210,24 @@ class Deployments:
         version = app.versions.get(app.active)
         if version is None:
             return ()
-        routes = []
+        routes, cap = [], self.cap(version.spec)
         for function in version.spec.functions:
             spec = resolve(version, function.name)
             assert spec is not None
-            routes.append(FunctionRoute(app.name, version.number, spec, version.spec.weight, version.created))
+            routes.append(FunctionRoute(app.name, version.number, spec, version.spec.weight, version.created, cap))
         return tuple(routes)
+
+    def cap(self, spec: AppSpec) -> int:
+        """Each gateway's part of the app's cap; one at least, so with more gateways than that the cap is theirs."""
+        if not spec.max_concurrency:
+            return 0
+        return max(1, spec.max_concurrency // max(1, len(self.ledger.state.gateways)))
+
+    def share_out(self) -> None:
+        """There are more gateways, or fewer: tell all what their parts of the caps are now."""
+        for app in self.ledger.state.apps.values():
+            if app.active and app.versions[app.active].spec.max_concurrency:
+                self.ledger.emit(PublishFunctions(app.name, self.routes(app), ()))
 
     # -- deployments that wait for their first instances -----------------------------------------------------
 

@@ -34,8 +34,8 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               error with the user's traceback
     app.list            {}                                    {apps: [{name, version | None, created, functions: [name],
                                                               instances, deploying: version | None}]}
-    app.get             {app}                                 {app, version | None, weight, functions: [F],
-                                                              versions: [V] newest first}
+    app.get             {app}                                 {app, version | None, weight, max_concurrency,
+                                                              functions: [F], versions: [V] newest first}
     app.delete          {app}                                 {app, deleted: true, instances: stopping now}
     app.rollback        {app, version: int | None}            {app, version, from: int | None}; None = the ready version
                                                               before the active one

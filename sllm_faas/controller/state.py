@@ -244,11 +244,14 @@ class Machine:
         if known is not None:
             self.ledger.drop_gateway(known)
         self.state.gateways[event.name] = Gateway(event.name, event.life)
+        if known is None:
+            self.deployments.share_out()
 
     def _gateway_lost(self, event: ev.GatewayLost) -> None:
         known = self.state.gateways.get(event.name)
         if known is not None and known.life == event.life:
             self.ledger.drop_gateway(known)
+            self.deployments.share_out()
 
     def _demand_seen(self, event: ev.DemandSeen) -> None:
         gateway = self.state.gateways.get(event.gateway)

@@ -54,6 +54,7 @@ class Views:
             "app": app.name,
             "version": app.active or None,
             "weight": version.spec.weight if version else 1.0,
+            "max_concurrency": version.spec.max_concurrency if version else 0,
             "functions": [self.function(version, spec.name) for spec in version.spec.functions] if version else [],
             "versions": [self.version(app, app.versions[number]) for number in sorted(app.versions, reverse=True)],
         }

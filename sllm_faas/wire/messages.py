@@ -398,13 +398,15 @@ class NodeStats:
 
 @dataclass(frozen=True, slots=True)
 class FunctionRoute:
-    """The serving version of a function."""
+    """The serving version of a function. `cap`: invocations of its whole app that may run at once through each gateway;
+    0: as many as there are slots."""
 
     app: str
     version: int
     spec: FunctionSpec
     weight: float = 1.0
     created: float = 0.0
+    cap: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ FUNCTION = {
     "instances": {"requested": 0, "starting": 0, "ready": 1, "draining": 0}, "waiting": 0, "running": 1,
 }  # fmt: skip
 APP = {
-    "app": "demo", "version": 3, "weight": 1.0, "functions": [FUNCTION],
+    "app": "demo", "version": 3, "weight": 1.0, "max_concurrency": 12, "functions": [FUNCTION],
     "versions": [
         {"version": 3, "state": "ready", "active": True, "created": 0.0, "error": None, "functions": ["square"]},
         {"version": 2, "state": "failed", "active": False, "created": 0.0, "error": {"message": "no torch"},

@@ -656,6 +656,17 @@ def test_restoring_is_only_possible_first():
     assert len(made.log) == before
 
 
+def test_the_cap_of_an_app_is_shared_out_between_the_gateways_there_are():
+    made = world()
+    deploy(made, app(max_concurrency=5))
+    made.feed(ev.GatewayUp("h", "1"))
+    made.feed(ev.GatewayUp("h", "2"))
+    made.feed(ev.GatewayLost("h", "1"))  # of the life before
+    made.feed(ev.GatewayLost("h", "2"))
+    caps = [{route.cap for route in each.functions} for each in made.sent(cmd.PublishFunctions)]
+    assert caps == [{5}, {2}, {5}]
+
+
 def test_only_a_start_that_reads_waits_for_the_reads_before_it():
     """What is in DRAM is attached, whatever the disk is busy with."""
     machine = Machine("abc")

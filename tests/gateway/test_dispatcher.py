@@ -426,3 +426,68 @@ def test_whatever_happens_every_call_ends_once_and_no_slot_is_lost(steps: list[t
         world.dispatcher.close()
 
     asyncio.run(scenario())
+
+
+# -- caps of apps ------------------------------------------------------------------------------------------------
+
+G = Target("app", "g", 1)
+
+
+def capped(world: World, cap: int, seq: int = 2) -> None:
+    specs = [FunctionSpec(name, "function", "m", name, (MethodSpec(name),)) for name in ("f", "g")]
+    table = Routes(seq, tuple(FunctionRoute("app", 1, spec, cap=cap) for spec in specs))
+    world.dispatcher.on_controller_message(codec.encode(Header(Type.ROUTES), table))
+
+
+async def test_what_is_above_the_cap_of_its_app_waits_though_there_are_slots(world: World) -> None:
+    capped(world, 2)
+    world.grant(4)
+    handles = [world.submit() for _ in range(4)]
+    assert world.invoked() == [handle.inv.id for handle in handles[:2]]
+    world.done(handles[0])
+    assert world.invoked() == [handle.inv.id for handle in handles[:3]]
+    world.dispatcher.validate()
+    for handle in handles[1:]:
+        world.done(handle)
+    world.empty()
+
+
+async def test_of_an_apps_functions_who_waited_longest_is_next(world: World) -> None:
+    capped(world, 1)
+    world.grant(4)
+    world.grant(4, number=2, target=G)
+    first = world.submit()
+    world.now += 1
+    second = world.submit(target=G)
+    world.now += 1
+    third = world.submit()
+    world.done(first)
+    assert world.invoked()[-1] == second.inv.id
+    world.done(second)
+    assert world.invoked()[-1] == third.inv.id
+    world.done(third)
+    world.empty()
+
+
+async def test_only_what_may_run_is_told_as_demand_but_one_of_each_line(world: World) -> None:
+    capped(world, 3)
+    world.grant(1)
+    for _ in range(6):
+        world.submit()
+    world.submit(target=G)
+    await asyncio.sleep(0)
+    assert {item.target.function: item.waiting for item in world.demand()[-2:]} == {"f": 2, "g": 1}
+
+
+async def test_a_raised_cap_lets_those_run_who_waited_for_it(world: World) -> None:
+    capped(world, 1)
+    world.grant(4)
+    handles = [world.submit() for _ in range(3)]
+    assert len(world.invoked()) == 1
+    capped(world, 3, seq=3)
+    assert world.invoked() == [handle.inv.id for handle in handles]
+    for handle in handles:
+        world.done(handle)
+    capped(world, 0, seq=4)
+    handles = [world.submit() for _ in range(4)]
+    assert world.invoked()[3:] == [handle.inv.id for handle in handles]
