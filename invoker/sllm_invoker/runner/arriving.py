@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sllm_invoker.runner.weights import Weights
 
+_LINEAR = torch.ops.aten.linear.default
+
 
 def arriving(weights: Weights | None) -> contextlib.AbstractContextManager[object]:
     """For the calling thread. What `Weights.wait` raises comes out of the operation that needed the bytes."""
@@ -38,6 +40,10 @@ class _Arriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._await(args)
             if kwargs:
                 self._await(kwargs.values())
+        if func is _LINEAR and args[0].dim() > 2 and (len(args) < 3 or args[2] is None):
+            # What it does by itself for a weight that wants a gradient (see `attach`), which down here none does: else
+            # an input that is a slice has the whole weight copied.
+            return func(args[0].flatten(0, -2), args[1]).unflatten(0, args[0].shape[:-1])
         return func(*args, **(kwargs or {}))
 
     def _await(self, values: Any) -> None:
