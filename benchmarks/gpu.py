@@ -41,6 +41,7 @@ from benchmarks.disk import fill
 BAR = 0.85
 GB = 1e9
 LIMIT_BYTES = 1 << 30
+SLABS = 64
 APP = """
 import sllm
 
@@ -67,7 +68,7 @@ else:
         model = transformers.LlamaForCausalLM(config)
     found = load_file(os.path.join(path, "model.safetensors"), device="cuda:0")
     model.load_state_dict(found, assign=True)
-    model.model.rotary_emb = modeling_llama.LlamaRotaryEmbedding(config, device=device)
+    model.model.rotary_emb = modeling_llama.LlamaRotaryEmbedding(config).to(device)
 torch.cuda.synchronize()
 loaded = time.perf_counter() - began
 with torch.inference_mode():
@@ -122,12 +123,12 @@ def copies(rounds: int, report: Report) -> None:
     from sllm_invoker.runner import cuda
 
     stage = cuda.open_stage()
-    device, size = stage.device, 64 * SLAB_BYTES
+    device, size = stage.device, SLABS * SLAB_BYTES
     target = device.allocate(size)
     pinned = torch.empty(LIMIT_BYTES, dtype=torch.uint8, pin_memory=True)
-    pool = SlabPool(64)
+    pool = SlabPool(SLABS)
     try:
-        slabs = [slab for slab in (pool.create() for _ in range(64)) if slab is not None]
+        slabs = [slab for slab in (pool.create() for _ in range(SLABS)) if slab is not None]
         for number, slab in enumerate(slabs):
             fault(slab, SLAB_BYTES)
             torch.frombuffer(slab.view, dtype=torch.uint8).fill_(number + 1)
@@ -221,7 +222,7 @@ async def attaching(shape: str, checkpoint: CheckpointObject, root: Path, rounds
     try:
         began = time.perf_counter()
         loaded = await tier.open(checkpoint.digest, checkpoint.directory, prefetch=True).loaded
-        print(f"into {loaded.tier} in {time.perf_counter() - began:.2f} s", flush=True)
+        print(f"read from {loaded.tier} in {time.perf_counter() - began:.2f} s", flush=True)
         for number in range(rounds + 1):
             skeleton = attach.prepare(checkpoint)
             skeleton.stage = stage
@@ -244,6 +245,8 @@ async def attaching(shape: str, checkpoint: CheckpointObject, root: Path, rounds
                 token_again = int(skeleton.model(ids).logits[0, -1].argmax())
                 warm = time.perf_counter() - again
             tokens |= {token, token_again}
+            if skeleton.weights.tier != "dram":
+                raise SystemExit(f"wanted an attach from dram, got one from {skeleton.weights.tier}")
             print(f"{number}: bound {bound:.3f} s, first token {first:.3f} s, whole {whole:.3f} s, warm {warm:.3f} s")
             if number:  # the first loads kernels
                 rows.append((bound, first, whole, warm))
