@@ -44,6 +44,7 @@ STREAMS = 8
 TOKENS = 1500
 MOMENT = 0.7
 """Seconds for a step of a migration to be taken, up to what is held back."""
+STALLED = 60.0
 MOMENTS: tuple[Moment, ...] = ("HOLD", "MOVED")
 WAKING = 3.0
 """Seconds in which a sleeper stops computing once it is awake."""
@@ -182,7 +183,7 @@ def judged(
     while time.monotonic() < began + SILENCE:
         time.sleep(0.1)
     heal()
-    eventually(lambda: all(stream.end for stream in streams), 120, "every stream has an end")
+    ended(streams)
     eventually(lambda: nothing_runs(platform), 60, "nothing runs any more")
     computing.close()
     ids = {stream.invocation for stream in streams}
@@ -201,6 +202,16 @@ def judged(
         ),
         forged=dropped(platform, "forged"),
     )
+
+
+def ended(streams: list[Stream]) -> None:
+    """Returns when all have an end, or nothing has come for `STALLED` seconds: then they are not whole."""
+    said, since = -1, time.monotonic()
+    while not all(stream.end for stream in streams) and time.monotonic() < since + STALLED:
+        time.sleep(0.1)
+        before, said = said, sum(len(stream.values) for stream in streams)
+        if said != before:
+            since = time.monotonic()
 
 
 def instances(platform: Platform, node: str) -> list[dict[str, Any]]:
