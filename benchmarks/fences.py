@@ -51,12 +51,13 @@ WAKING = 3.0
 ALONE = 3.0 + 10.0 + 3.0
 """Seconds in which what is cut off stops by itself: its gateway is silent for three, it keeps orphans for ten."""
 NOT_BELIEVED = ("stale", "stray", "unknown_invocation")
+# Nothing is scaled down: what runs would be moved to one node, and a fenced one computes again with good reason.
 APP = f"""
 from pathlib import Path
 import sllm
 app = sllm.App("fences")
 model = Path({str(EXAMPLES / "counting/model")!r})
-counting = app.llm("counting", checkpoint=model, concurrency=16, max_containers=2)
+counting = app.llm("counting", checkpoint=model, concurrency=16, max_containers=2, scaledown_window=600)
 watched = app.llm("watched", checkpoint=model, concurrency=16, max_containers=2, timeout=sllm.Timeouts(idle=3.0))
 """
 NAMESPACE, OUTER, INNER = "sllm-fences", "10.213.77.1", "10.213.77.2"
