@@ -192,7 +192,7 @@ def judged(
     wrong = unwhole(streams, type(streams[0]))
     for each in wrong:
         print(f"{name}: {each}")
-    return Outcome(
+    outcome = Outcome(
         name,
         len(streams) - len(wrong),
         sum(each["resumes"] for each in records),
@@ -203,6 +203,8 @@ def judged(
         ),
         forged=dropped(platform, "forged"),
     )
+    print(f"{name}: {outcome.whole} whole, computed on for {outcome.computed:.1f} s", flush=True)
+    return outcome
 
 
 def ended(streams: list[Stream]) -> None:
