@@ -38,7 +38,8 @@ class Need(NamedTuple):
     """What one more instance of a target needs, and who has what of it: looked up once for all nodes.
 
     `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`: elsewhere. `layers` from the base to
-    the warmest; `layered`: nodes that have each; `making`: seconds to make all beyond the k-th, as asked for.
+    the warmest; `layered`: nodes that have each; `making`: seconds to make all beyond the k-th, as asked for; `cached`:
+    some node had the checkpoint in its page cache.
     """
 
     target: Target
@@ -54,15 +55,15 @@ class Need(NamedTuple):
     layers: tuple[Layer, ...]
     layered: tuple[Collection[str], ...]
     making: dict[int, float]
+    cached: bool
 
 
 class Facts(NamedTuple):
-    """What the book says of a node, looked up once until it learns more: its pace; by tier and bytes the seconds to
-    read so many; by digest whether its page cache has it."""
+    """What the book says of a node, looked up once until it learns more: its pace, and by tier and bytes the seconds
+    to read so many."""
 
     pace: float
     load: dict[tuple[Tier, int], float]
-    cached: dict[str, bool]
 
 
 class Candidates:
@@ -126,6 +127,7 @@ class Candidates:
             layers,
             tuple([where.layered(layer.key) for layer in layers]),
             {},
+            bool(digest) and estimate.ever_cached(book, digest),
         )
 
     def _one(self, node: Node, need: Need, *, movable: bool = True) -> Candidate:
@@ -159,7 +161,7 @@ class Candidates:
             warmest -= 1
         warmth, making = need.layers[warmest].warmth, self._making(need, warmest)
         tier, size = self._tier(name, need), need.bytes
-        pace, loads, _ = self._facts.get(name) or self._look_up(name)
+        pace, loads = self._facts.get(name) or self._look_up(name)
         load = (loads.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
         others = self._starting_beside(node, but)
         if not others:
@@ -190,7 +192,7 @@ class Candidates:
         return [i for name in ledger.where.beside(node) for i in ledger.loading_on(name) if i.id != but]
 
     def _look_up(self, node: str) -> Facts:
-        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {}, {})
+        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {})
         return facts
 
     def _load(self, node: Node, tier: Tier, size: int) -> float:
@@ -219,11 +221,7 @@ class Candidates:
             return "dram"
         if node not in need.holders:
             return "remote"
-        known = (self._facts.get(node) or self._look_up(node)).cached
-        cached = known.get(need.digest)
-        if cached is None:
-            cached = known[need.digest] = estimate.is_cached(self.state.book, node, need.digest)
-        return "dram" if cached else "disk"
+        return "dram" if need.cached and estimate.is_cached(self.state.book, node, need.digest) else "disk"
 
     def _awaited(self, missing: Sequence[Layer], here: Sequence[Instance]) -> float:
         """Seconds of making those layers that starts on the node have behind them."""

@@ -21,7 +21,8 @@ what all functions showed. The book is a plain `dict[str, float]`: it is stored,
                                          its read, which a later one most often is not
     rate|node|tier|size  rate|node|tier  bytes per second, by size class
     cached|node|digest                   part of the starts that found it in the page cache, of those for which the
-                                         node had not said that it is in its DRAM tier
+                                         node had not said that it is in its DRAM tier; since the first that did
+    cached||digest                       1: it was found there on some node
     tail|app/function    tail|=libs      seconds
     error|app/function   error|node   error    |predicted - actual|, seconds
     starts                               how many were learned from
@@ -247,12 +248,22 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
 
 
 def learn_cached(book: Book, node: str, digest: str, tier: Tier) -> None:
-    """Where a checkpoint was that is not in the node's DRAM tier: small ones are in the kernel's page cache."""
-    _mix(book, f"cached|{node}|{digest}", float(tier == "dram"))
+    """Where a checkpoint was that is not in the node's DRAM tier: small ones are in the kernel's page cache. Nothing is
+    kept of what never was there."""
+    key = f"cached|{node}|{digest}"
+    if tier == "dram":
+        book[f"cached||{digest}"] = 1.0
+    if tier == "dram" or key in book:
+        _mix(book, key, float(tier == "dram"))
+
+
+def ever_cached(book: Mapping[str, float], digest: str) -> bool:
+    """Whether any node's page cache ever had it."""
+    return f"cached||{digest}" in book
 
 
 def is_cached(book: Mapping[str, float], node: str, digest: str) -> bool:
-    """Whether the page cache most often has it."""
+    """Whether the node's page cache most often has it."""
     return book.get(f"cached|{node}|{digest}", 0.0) > 0.5
 
 

@@ -103,11 +103,7 @@ class Scaler:
         live = self.ledger.live(key)
         if self.ledger.note_spare(key, want, live):
             self.ledger.room_changed()
-        capacity = sum([i.concurrency for i in live if i.state == "ready"])
-        stable = window if mode == "serving" else 0.0
-        kept = autoscale.note_load(record.pressure, now, waiting + running, capacity, want, stable)
-        if waiting and stable and (soon := autoscale.panics_in(record.pressure, capacity)) is not None:
-            self.ledger.wake_target(record, now + soon)
+        kept = self._pressure(record, waiting + running, live, want, window if mode == "serving" else 0.0)
         blocked = ""
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live)
@@ -124,6 +120,17 @@ class Scaler:
             )
         self._refuse(record, key)
         self._release(record, key)
+
+    def _pressure(self, record: TargetState, load: int, live: Sequence[Instance], want: int, stable: float) -> int:
+        """How many stay because of a panic. What may become one is looked at again when it would be."""
+        pressure, few = record.pressure, autoscale.PANIC * (live[0].concurrency if live else 1)
+        if load == pressure.load and load <= few and not pressure.until:
+            return 0  # as nearly always
+        capacity = sum([i.concurrency for i in live if i.state == "ready"])
+        kept = autoscale.note_load(pressure, self.ledger.now, load, capacity, want, stable)
+        if load > few and stable and (soon := autoscale.panics_in(pressure, capacity)) is not None:
+            self.ledger.wake_target(record, self.ledger.now + soon)
+        return kept
 
     def _grow(self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance]) -> str:
         """Start what is missing. Returns why it has to wait for room, if it has to."""

@@ -88,9 +88,13 @@ def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
 def test_where_the_page_cache_most_often_has_it_is_learned_by_node():
     book: e.Book = {}
     assert not e.is_cached(book, "n", "d")
-    for tier in ("disk", "dram", "dram"):
+    e.learn_cached(book, "n", "d", "disk")
+    assert book == {}
+    for tier in ("dram", "disk", "dram"):
         e.learn_cached(book, "n", "d", tier)
     assert e.is_cached(book, "n", "d")
+    assert e.ever_cached(book, "d")
+    assert not e.ever_cached(book, "c")
     assert not e.is_cached(book, "m", "d")
     e.forget(book, "n")
     assert not e.is_cached(book, "n", "d")
