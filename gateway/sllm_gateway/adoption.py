@@ -42,6 +42,8 @@ class _Search:
         self.unlinked: set[str] = set()
         """Nodes that could not be asked."""
         self.found: dict[str, codec.Frame] = {}
+        self.owned = 0
+        """The highest fence under which somebody has it who is taken to live."""
         self.early: list[tuple[str, codec.Frame]] = []
         """What those who have it said before all had answered."""
         self.handle: Handle | None = None
@@ -109,6 +111,8 @@ class Adoptions:
         search.answers[node] = body.status
         if body.status == "found":
             search.found[node] = frame
+        elif body.status == "owned":
+            search.owned = max(search.owned, header.fence)
         if len(search.answers) == len(search.asked):
             search.done.set()
 
@@ -123,9 +127,9 @@ class Adoptions:
 
     def _choose(self, search: _Search, wanted: bool) -> None:
         """The one under the highest fence is taken over, with what it has said; the others are not the one. None is if
-        nobody wants it any more."""
+        nobody wants it any more, or if the one is still somebody's."""
         for node in sorted(search.found, key=lambda node: search.found[node].header.fence, reverse=True):
-            if wanted and search.handle is None:
+            if wanted and search.handle is None and search.found[node].header.fence >= search.owned:
                 search.handle = self._take(node, search.found[node], search.first)
             else:
                 self._dispatcher.disown(node, search.found[node].header)

@@ -222,7 +222,7 @@ class RelayCore:
         if flight is None:
             return [self._adopted(gateway, header, Adopted("unknown"))]
         if flight.owner is not None and flight.owner != gateway:
-            return [self._adopted(gateway, header, Adopted("owned"))]
+            return [self._adopted(gateway, header._replace(fence=flight.fence), Adopted("owned"))]
         if not flight.base <= header.seq <= flight.next:
             return [self._adopted(gateway, header, Adopted("gone"))]
         if flight.owner is None and flight.terminal is None:

@@ -116,6 +116,28 @@ async def test_the_end_of_one_that_was_moved_away_is_not_the_answers_end(world: 
     world.empty()
 
 
+async def test_one_that_is_left_over_is_not_taken_while_a_newer_one_is_taken_to_be_owned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node noticed the gateway's loss before the other's: that is asked again, and the newer one is the one."""
+    monkeypatch.setattr("sllm_gateway.adoption.AGAIN", 0)
+    search = asked(world, 1)
+    await asyncio.sleep(0)
+    found(world, "n", 1, 1)
+    world.receive(Header(Type.ADOPTED, ID, 2), Adopted("owned"), "m")
+    while len(sent(world, "m", Type.ADOPT)) < 2:
+        await asyncio.sleep(0)
+    assert [frame.header.fence for frame in sent(world, "n", Type.CANCEL)][:1] == [1]
+    unknown(world, "n")
+    found(world, "m", 2, 1)
+    handle = await search
+    assert (handle.node, handle.inv.fence) == ("m", 2)
+    world.receive(Header(Type.CANCELLED, ID, 1, 1), None, "n")
+    world.reply(handle, Type.DONE, Done(), seq=1)
+    assert await taken(handle) == []
+    world.empty()
+
+
 async def test_who_goes_away_while_it_is_looked_for_leaves_nothing_running(world: World) -> None:
     search = asked(world, 0)
     await asyncio.sleep(0)
