@@ -275,3 +275,40 @@ def test_the_largest_call_is_a_multiple_of_the_chunk():
     assert reading_module.PIECE % CHUNK_BYTES == 0
     with pytest.raises(ValueError, match="allowed: multiples"):
         Reader(piece=CHUNK_BYTES + 4096)
+
+
+def test_two_that_go_into_the_page_cache_at_once_do_not_share_a_buffer(
+    make: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the one has read is checked after the other has been read."""
+    contents = {name: os.urandom(4096) * 4 for name in "ab"}
+    read = {name: threading.Event() for name in "ab"}
+
+    class Late(DirectFile):
+        def __init__(self, where: Path) -> None:
+            super().__init__(where, direct=False)
+            self.name = where.name
+
+        def read(self, view: memoryview, offset: int) -> int:
+            count = super().read(view, offset)
+            read[self.name].set()
+            assert read["a" if self.name == "b" else "b"].wait(30)
+            return count
+
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(reading_module, "open_cached", Late)
+    reader = make(at_once=2)
+    readings = [reader.read(tmp_path / name, part_of(content), None) for name, content in contents.items()]
+    assert [reading.done.result(30).bytes for reading in readings] == [4 * 4096] * 2
+
+
+def test_more_than_the_buffers_hold_goes_into_the_page_cache_one_after_the_other(
+    make: Callable[..., Reader], path: Path, data: bytes
+) -> None:
+    reader = make(at_once=2)
+    readings = [reader.read(path, part_of(data), None) for _ in range(5)]
+    readings[2].cancel()
+    ended = [reading.done.exception(30) for reading in readings]
+    assert [error for number, error in enumerate(ended) if number != 2] == [None] * 4
+    assert len(reader.scratch) == 4

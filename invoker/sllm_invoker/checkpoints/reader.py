@@ -144,6 +144,7 @@ class Reading:
         self.chunks = -(-part.bytes // CHUNK_BYTES)
         self.next = 0
         self.landed: dict[int, memoryview] = {}  # read, not checked yet
+        self.scratch: dict[int, mmap.mmap] = {}  # by chunk, where it is read to when there is no memory
         self.hashed = 0
         self.error: Exception | None = None
         self.busy = 0  # read threads that are writing to its memory
@@ -166,11 +167,11 @@ class Reading:
 
     @property
     def can_go_on(self) -> bool:
-        """Another chunk may be read now. The first call opens the file, alone; scratch buffers hold but so many that
-        are not checked yet."""
-        if self.file is None and self.busy:
-            return False
-        return self.memory is not None or self.next - self.hashed < self._reader.scratch
+        """Another chunk may be read now. The first call opens the file, alone; without memory it takes a scratch
+        buffer, and they are few."""
+        if self.file is None:
+            return not self.busy
+        return self.memory is not None or bool(self._reader.scratch)
 
 
 class Reader:
@@ -187,13 +188,13 @@ class Reader:
         if piece <= 0 or piece % CHUNK_BYTES:
             raise ValueError(f"piece {piece} is not allowed; allowed: multiples of {CHUNK_BYTES}")
         self.piece = piece
-        self.scratch = 2 * at_once
+        self.scratch = [mmap.mmap(-1, CHUNK_BYTES) for _ in range(2 * at_once)]
+        """Buffers that no reading has now."""
         self._open = open_file
         self._clock = clock
         self._changed = threading.Condition()
         self._queue: list[Reading] = []  # in order of arrival
         self._unchecked: list[Reading] = []
-        self._scratch: list[mmap.mmap] = []
         self._closing = False
         work = [self._reads] * at_once + [self._hashes]
         self._threads = [threading.Thread(target=each, name="checkpoint-reader", daemon=True) for each in work]
@@ -250,11 +251,15 @@ class Reader:
             reading.cancel()
         for thread in self._threads:
             thread.join()
-        for buffer in self._scratch:
+        for buffer in self.scratch:
             with contextlib.suppress(BufferError):  # a failed reading's traceback may still show it
                 buffer.close()
 
     def _settle(self, reading: Reading) -> None:
+        with self._changed:
+            while reading.scratch:
+                self.scratch.append(reading.scratch.popitem()[1])
+            self._changed.notify_all()
         if reading.file is not None:
             reading.file.close()
             reading.file = None
@@ -277,6 +282,8 @@ class Reader:
                 number = reading.next
                 reading.busy += 1
                 if not opens:
+                    if reading.memory is None:
+                        reading.scratch[number] = self.scratch.pop()
                     reading.next += 1
                     if reading.next == reading.chunks:
                         self._queue.remove(reading)
@@ -319,7 +326,7 @@ class Reader:
         offset = number * CHUNK_BYTES
         wanted = min(CHUNK_BYTES, reading.part.bytes - offset)
         if reading.memory is None:
-            target = self._buffer(number)[: _rounded(wanted)]
+            target = memoryview(reading.scratch[number])[: _rounded(wanted)]
         else:
             start = offset % self.piece
             target = reading.memory[offset // self.piece][start : start + _rounded(wanted)]
@@ -327,12 +334,6 @@ class Reader:
         if count != wanted:
             raise _corrupt(reading.path, f"{count} bytes could be read at {offset}, the manifest says {wanted}")
         return target[:wanted]
-
-    def _buffer(self, number: int) -> memoryview:
-        with self._changed:
-            while len(self._scratch) < self.scratch:
-                self._scratch.append(mmap.mmap(-1, CHUNK_BYTES))
-        return memoryview(self._scratch[number % self.scratch])
 
     # -- the hash thread -------------------------------------------------------------------------------------
 
@@ -347,6 +348,8 @@ class Reader:
                 view = reading.landed.pop(reading.hashed)
             self._check(reading, view)
             with self._changed:
+                if (buffer := reading.scratch.pop(reading.hashed, None)) is not None:
+                    self.scratch.append(buffer)
                 reading.hashed += 1
                 whole = reading.error is None and reading.hashed == reading.chunks
                 if whole:
