@@ -36,7 +36,8 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not e2e"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m e2e
 
 check: install
 	$(BIN)/ruff check .
