@@ -8,6 +8,7 @@ A bar is a promise of the documentation. Nothing here asserts: a missed bar is r
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import datetime
 import json
@@ -25,7 +26,10 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpx
 
 ROOT = Path(__file__).parents[1]
 PEERS = Path(os.environ.get("SLLM_BENCH_ENV", ROOT / ".venv-bench"))
@@ -209,6 +213,30 @@ def platform_with(app: str, *flags: str) -> Iterator[Platform]:
         path.write_text(app)
         platform.sllm("deploy", str(path))
         yield platform
+
+
+RUNNING = ("queued", "backoff", "dispatched", "streaming", "cancelling")
+
+
+async def leftovers(client: httpx.AsyncClient, seconds: float) -> int:
+    """Invocations that still run or wait when all clients have had their answers, or left, for so long. They are shown:
+    one that is late tells another story than one that is never cancelled."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        counts = (await client.get("/v1/status")).json()["counts"]
+        if not (left := int(counts["running"] + counts["waiting"])):
+            return 0
+        await asyncio.sleep(0.1)
+    records = (await client.get("/v1/invocations", params={"limit": 1000})).json()["invocations"]
+    for record in [each for each in records if each["state"] in RUNNING]:
+        print(f"left: {record}")
+    return left
+
+
+def memory_kb(pid: int) -> dict[str, int]:
+    """The process's `smaps_rollup`, in KiB by field: Pss, Private_Clean and so on. Raises OSError when it is gone."""
+    fields = re.findall(r"^(\w+): +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return {name: int(value) for name, value in fields}
 
 
 @dataclass(frozen=True)

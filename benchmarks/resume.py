@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import ROOT, Platform, Report, arguments, percentile, platform_with, table
+from benchmarks.common import ROOT, Platform, Report, arguments, leftovers, percentile, platform_with, table
 from benchmarks.divergence import Referee
 
 STREAMS = 32
@@ -246,23 +246,15 @@ class Run:
         if answer.text == expected:
             return
         tally.diverged += 1
-        story = await asyncio.to_thread(self._excuse, wanted, expected, answer.text)
+        story = "it does not count"
+        if wanted.prompt == "roll:":
+            story = await asyncio.to_thread(self.referee.objection, wanted.body(), 0, expected, answer.text)
         tally.excused += not story
         if story:
             print(
                 f"DIVERGED {wanted} (resumed {len(answer.gaps)} times), {story}:\n  {expected}\n  {answer.text}",
                 flush=True,
             )
-
-    def _excuse(self, wanted: Ask, expected: str, got: str) -> str:
-        """Empty if rounding explains what differs, else the story. Blocks."""
-        if wanted.prompt != "roll:":
-            return "it does not count"
-        try:
-            found = self.referee.explain(wanted.body(), 0, expected, got)
-        except ValueError as error:
-            return str(error)
-        return "" if found.excused else found.story
 
 
 async def first_tokens(client: httpx.AsyncClient, model: str, count: int) -> list[float]:
@@ -276,16 +268,6 @@ async def first_tokens(client: httpx.AsyncClient, model: str, count: int) -> lis
             while any(each["function"] == "cold" for each in (await client.get("/v1/instances")).json()["instances"]):
                 await asyncio.sleep(0.02)
     return times
-
-
-async def leftovers(client: httpx.AsyncClient) -> int:
-    """Invocations that the controller counts as running or waiting, once it has heard of the last ends."""
-    for _ in range(100):
-        counts = (await client.get("/v1/status")).json()["counts"]
-        if not counts["running"] + counts["waiting"]:
-            return 0
-        await asyncio.sleep(0.1)
-    return int(counts["running"] + counts["waiting"])
 
 
 async def resumes(client: httpx.AsyncClient) -> int:
@@ -314,7 +296,7 @@ async def measure(platform: Platform, report: Report, *, quick: bool) -> None:
             killing.cancel()
             run.stop = True
         seconds, total = time.monotonic() - began, await resumes(client)
-        left = await leftovers(client)
+        left = await leftovers(client, 10)
     tally = run.tally
     print(
         f"{tally.done} answers in {seconds:.0f} s while {killer.containers} containers and {len(killer.invokers)} "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
-import re
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.common import Platform, Report, arguments, platform_up, table
+from benchmarks.common import Platform, Report, arguments, memory_kb, platform_up, table
 
 APP = """
 import sllm
@@ -100,9 +99,9 @@ def measure(platform: Platform) -> Memory:
     pss: dict[str, float] = {"instance": 0.0, "zygote": 0.0, "store": 0.0}
     private = dict(pss)
     for pid, kind in tree(platform):
-        fields = dict(re.findall(r"^(\w+): +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
-        pss[kind] += int(fields["Pss"]) / 1024
-        private[kind] += (int(fields["Private_Clean"]) + int(fields["Private_Dirty"])) / 1024
+        fields = memory_kb(pid)
+        pss[kind] += fields["Pss"] / 1024
+        private[kind] += (fields["Private_Clean"] + fields["Private_Dirty"]) / 1024
     return Memory(pss, private)
 
 

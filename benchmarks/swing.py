@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import ROOT, Platform, Report, arguments, percentile, platform_up, table
+from benchmarks.common import ROOT, Platform, Report, arguments, memory_kb, percentile, platform_up, table
 
 RATE, RAMP, HOLD = 30.0, 16.0, 8.0
 """Requests a second at the top; seconds up (and down), and at the top. Down takes twice as long as idle instances are
@@ -100,10 +100,9 @@ def memory_mb(platform: Platform) -> float:
         pid = open_.pop()
         open_ += children.get(pid, [])
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += memory_kb(pid).get("Pss", 0)
         except OSError:
             continue
-        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
     return total / 1024
 
 

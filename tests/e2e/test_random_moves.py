@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from benchmarks import moves
+from benchmarks.common import leftovers
 from tests.e2e.conftest import platform_at
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +25,7 @@ async def play(url: str, headers: dict[str, str]) -> moves.Run:
             for _ in range(6):
                 group.create_task(run.read())
             group.create_task(run.move())
-        assert await moves.leftovers(client) == 0
+        assert await leftovers(client, 20) == 0
         return run
 
 

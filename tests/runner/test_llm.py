@@ -18,23 +18,21 @@ from sllm_invoker.runner.engines.base import (
     TokenLogprob,
     TokenOutput,
 )
-from sllm_invoker.runner.instance import Instance
-from sllm_invoker.runner.link import MemoryLink
 from sllm_invoker.runner.tokens import TextCodec
 
 from sllm_faas.errors import PlatformError
 from sllm_faas.spec import CheckpointSpec, FunctionSpec
-from sllm_faas.wire.codec import Frame, decode, encode, pack, unpack_as
-from sllm_faas.wire.header import NO_LIMIT, Header, Type
+from sllm_faas.wire.codec import Frame, pack, unpack_as
+from sllm_faas.wire.header import Type
 from sllm_faas.wire.llm import (
     LlmEmbeddings,
     LlmOutput,
     LlmRequest,
     LlmResume,
     choice_seed,
-    decode_output,
 )
 from sllm_faas.wire.messages import Invoke
+from tests.runner.llm_rig import Rig as LlmRig
 
 MODEL = Path(__file__).parents[2] / "examples" / "counting" / "model"
 SPEC = FunctionSpec("model", "llm", checkpoint=CheckpointSpec("somewhere"))
@@ -97,48 +95,25 @@ class ScriptedEngine:
 
 
 class Rig:
-    """A language model behind an in-memory link."""
+    """A scripted language model and one call of it."""
 
     def __init__(self, script: Callable[[GenerateRequest], list[list[TokenOutput]]]) -> None:
-        loop = asyncio.get_running_loop()
         self.codec = TextCodec.load(MODEL)
         self.engine = ScriptedEngine(script)
-        self.frames: list[Frame] = []
-        self._news = asyncio.Event()
-        model = llm.LanguageModel(self.engine, self.codec)
-        executors = llm.executors(model, loop, 4)
-        self.instance = Instance(SPEC, executors, MemoryLink(self._deliver, loop.call_soon_threadsafe))
+        self.call = LlmRig(self.engine, self.codec, concurrency=4).call(CHAT)
+        self.send, self.until, self.end, self.text = self.call.send, self.call.until, self.call.end, self.call.text
 
-    def _deliver(self, parts: list[bytes]) -> None:
-        self.frames.append(decode(parts))
-        self._news.set()
-
-    def send(self, kind: Type, body: Any = None, *, credit: int = NO_LIMIT) -> None:
-        self.instance.receive(encode(Header(kind, b"i" * 16, 1, credit=credit), body))
-
-    def invoke(self, request: LlmRequest, method: str = "chat", *, credit: int = NO_LIMIT, **fields: Any) -> None:
-        self.send(Type.INVOKE, Invoke(method, stream=True, payload=pack(request), **fields), credit=credit)
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                self._news.clear()
-                await self._news.wait()
+    def invoke(self, request: LlmRequest, method: str = "chat", **fields: Any) -> None:
+        self.call.request, self.call.method = request, method
+        self.call.invoke(**fields)
 
     async def run(self, request: LlmRequest, method: str = "chat", **fields: Any) -> Frame:
         self.invoke(request, method, **fields)
         return await self.end()
 
-    async def end(self) -> Frame:
-        await self.until(lambda: self.frames and self.frames[-1].header.type is not Type.OUTPUT)
-        return self.frames[-1]
-
     @property
     def outputs(self) -> list[LlmOutput]:
-        return [decode_output(item) for frame in self.frames if frame.header.type is Type.OUTPUT for item in frame.body]
-
-    def text(self, choice: int = 0) -> str:
-        return "".join(output.text for output in self.outputs if output.choice == choice)
+        return self.call.outputs
 
     def ids(self, text: str) -> list[int]:
         return self.codec.encode(text)
@@ -339,7 +314,7 @@ async def test_a_resumed_choice_goes_on_without_repetition(cut: int) -> None:
     rest = Rig(script)
     resume = pack(LlmResume((tuple(ids[:cut]),), (None,)))
     end = await rest.run(request, "complete", resume=resume, outputs=cut)
-    assert rest.frames[0].header.seq == cut
+    assert rest.call.frames[0].header.seq == cut
     assert "".join(output.text for output in before) + rest.text() == whole.text()
     assert end.body.usage["completion_tokens"] == 6
 

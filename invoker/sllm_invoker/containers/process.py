@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -351,16 +351,8 @@ class ProcessRuntime:
         wait = self.pool.wait(layer.key, self._loop.time())
         if wait:
             await asyncio.sleep(wait)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        made = ZygoteLink(layer, ours, self._child_exited)
-        try:
+        with self._link(layer) as (made, theirs):
             made.pid = await self._spawn(layer, parent, spec, theirs)
-        except BaseException:
-            made.close()
-            raise
-        finally:
-            theirs.close()
-        self._tree.add(made.pid)
         answer = await made.ready
         if answer["op"] != "ready":
             made.close()
@@ -386,16 +378,8 @@ class ProcessRuntime:
 
     async def _make_worker(self, uuid: str) -> ZygoteLink:
         """See `gpu_workers.Make`."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        made = ZygoteLink(Layer(f"gpu:{uuid}", "libs"), ours, self._child_exited)
-        try:
+        with self._link(Layer(f"gpu:{uuid}", "libs")) as (made, theirs):
             made.pid = self._execute("gpu_worker", theirs, self._warm, CUDA_VISIBLE_DEVICES=uuid)
-        except BaseException:
-            made.close()
-            raise
-        finally:
-            theirs.close()
-        self._tree.add(made.pid)
         try:
             answer = await made.ready
             if answer["op"] == "error":
@@ -413,6 +397,20 @@ class ProcessRuntime:
         """It ends, or has ended: nobody's any more."""
         self._tree.remove(worker.pid)
         self._sweeper = self._loop.create_task(self._tree.sweep())
+
+    @contextlib.contextmanager
+    def _link(self, layer: Layer) -> Iterator[tuple[ZygoteLink, socket.socket]]:
+        """A link, and the end of it for the process that is started within the block; ours from then on."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made = ZygoteLink(layer, ours, self._child_exited)
+        try:
+            yield made, theirs
+        except BaseException:
+            made.close()
+            raise
+        finally:
+            theirs.close()
+        self._tree.add(made.pid)
 
     def _execute(self, module: str, control: socket.socket, *arguments: str, **env: str) -> int:
         """Run a process that talks over `control` and dies with this one."""
