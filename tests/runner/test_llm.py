@@ -35,7 +35,6 @@ from sllm_faas.wire.messages import Invoke
 from tests.runner.llm_rig import Rig as LlmRig
 
 MODEL = Path(__file__).parents[2] / "examples" / "counting" / "model"
-SPEC = FunctionSpec("model", "llm", checkpoint=CheckpointSpec("somewhere"))
 EOS = 1
 CHAT = LlmRequest(messages=({"role": "user", "content": "41 42"},), max_tokens=10)
 
