@@ -51,16 +51,25 @@ def offered(now: float = 0.0) -> Departure:
 
 
 def test_rounds_go_on_while_the_recompute_of_the_gap_is_worth_it() -> None:
-    """A token is recomputed in 10 ms, a step takes 167 ms: a gap of two is little, one of three is not."""
+    """A token is recomputed in 5 ms, a step takes 167 ms: a gap of two is little, one of three is not."""
     move = Departure(0.0)
     assert move.begin() == [Snapshot()]
     assert told(move, 0, 0.0) == [Hold(0, b"state")]
-    assert move.held(0, 6, 1.0) == [Snapshot()]
-    assert told(move, 6, 1.0) == [Hold(6, b"state")]
-    assert move.held(6, 9, 1.5) == [Snapshot()]
-    told(move, 9, 1.5)
-    assert move.held(9, 11, 1.83) == [Pause()]
-    assert (move.rounds, move.phase) == (3, Source.PAUSING)
+    assert move.held(0, 3, 0.5) == [Snapshot()]
+    assert told(move, 3, 0.5) == [Hold(3, b"state")]
+    assert move.held(3, 5, 0.83) == [Pause()]
+    assert (move.rounds, move.phase) == (2, Source.PAUSING)
+
+
+def test_a_gap_of_one_is_as_short_as_they_get() -> None:
+    """A token is recomputed in 50 ms, a step takes 100 ms: a gap of two is worth a round, one of one is not."""
+    move = Departure(0.0)
+    told(move, 0, 0.0)
+    assert move.held(0, 50, 5.0) == [Snapshot()]
+    told(move, 50, 5.0)
+    assert move.held(50, 52, 5.2) == [Snapshot()]
+    told(move, 52, 5.2)
+    assert move.held(52, 53, 5.3) == [Pause()]
 
 
 def test_rounds_that_get_no_shorter_end() -> None:
