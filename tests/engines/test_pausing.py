@@ -218,7 +218,11 @@ async def test_who_is_activated_speaks_before_a_silent_one_is_computed_further(e
     held = await made.prefill(replace(REQUEST, tokens=(1, 2)), patient=True)
     order: list[str] = []
     feed, draw_fresh = Rows.feed, made._draw_fresh
-    together = threading.Event()
+    taken, together = threading.Event(), threading.Event()
+
+    def occupied() -> None:
+        taken.set()
+        together.wait(30)
 
     def fed(rows: Any, handle: int, tokens: Any) -> Any:
         order.append(f"feed {len(tokens)}")
@@ -230,7 +234,8 @@ async def test_who_is_activated_speaks_before_a_silent_one_is_computed_further(e
 
     monkeypatch.setattr(Rows, "feed", fed)
     monkeypatch.setattr(made, "_draw_fresh", drawn)
-    made._send(lambda: together.wait(30) and None)  # both commands come to one turn
+    made._send(occupied)  # both commands come to one turn, the next
+    assert taken.wait(30)
     listener = Listener(made, held, (3,))
     silent = asyncio.ensure_future(made.prefill(GenerateRequest(tuple(range(1, 51)), 5, DICE), patient=True))
     await asyncio.sleep(0)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sllm_invoker.runner.engines import attention
+
 SMALL_CHUNK = 32
 """Tokens whose forward costs about what a step costs (on a CPU, 32 of a 100M Llama cost 1.1 steps)."""
 
@@ -47,6 +49,7 @@ class Forward:
     """A causal model's forward, told apart by what its signature takes."""
 
     def __init__(self, model: Any) -> None:
+        attention.install()
         names = inspect.signature(model.forward).parameters
         self._model = model
         self._fixed: dict[str, Any] = {"use_cache": True}
