@@ -2,7 +2,7 @@
 
 What is modelled is serving: the prompt's tokens, then the generated ones, at constant rates. A move hands an invocation
 over to the instance that takes its place: its tokens are computed there while it goes on here, then it pauses for the
-commit. A preempted one waits again and continues from its tokens, which have to be computed anew.
+commit. A preempted one waits again and continues from its tokens, which have to be computed anew, or begins anew.
 """
 
 from __future__ import annotations
@@ -87,11 +87,12 @@ class SimGateway:
         *,
         tokens: bool,
         moves: bool,
+        resumes: bool,
     ) -> None:
-        """`tokens`: nodes report them; `moves`: what is to move does."""
+        """`tokens`: nodes report them; `moves`: what is to move does; `resumes`: what is stopped keeps its tokens."""
         self._targets, self._models, self._nodes = targets, models, nodes
         self._clock, self._samples, self._tell = clock, samples, tell
-        self._tells_tokens, self._moves = tokens, moves
+        self._tells_tokens, self._moves, self._resumes = tokens, moves, resumes
         self.queue: WaitQueue[Call] = WaitQueue(1_000_000)
         self.slots = SlotTable()
         self._lines: dict[Target, Line] = {target: Line() for target in targets}
@@ -280,7 +281,7 @@ class SimGateway:
         slot = call.slot
         assert slot is not None
         call.turn += 1
-        call.done = self._tokens(call)
+        call.done = self._tokens(call) if self._resumes else 0
         if call.first is not None and call.first > self._clock.now:
             call.first = None
         self._detach(call)

@@ -4,7 +4,9 @@ ours           the platform's: estimate plus harm, evictions and moves among the
 random         any node big enough, whatever is there; idle instances go if they must
 availability   any node with room (what serverless platforms do by default); else one where idle ones can go
 balanced       the node with most room, blind to what is on its disks
-preempt        least estimate, and busy instances are stopped to make room: Shepherd's idea with our estimates
+preempt        least estimate, and busy instances are stopped to make room: Shepherd's idea with our estimates; what
+               was stopped begins anew, as there
+preempt-resume the same on this platform: what was stopped goes on from its tokens
 serverlessllm  the ServerlessLLM paper's: least of load and migrate-then-load times; harm to others counts nothing
 """
 
@@ -124,10 +126,13 @@ POLICIES: dict[str, Callable[[Random], Policy]] = {
     "ours": lambda _: Cheapest(),
     "serverlessllm": lambda _: Published(),
     "preempt": lambda _: Preempt(),
+    "preempt-resume": lambda _: Preempt(),
     "availability": Availability,
     "balanced": Balanced,
     "random": Anywhere,
 }
 MOVING = frozenset({"ours", "serverlessllm"})
 """Those that move running invocations."""
-SEES_BUSY = MOVING | {"preempt"}
+SEES_BUSY = MOVING | {"preempt", "preempt-resume"}
+ANEW = frozenset({"preempt"})
+"""Those under which what is stopped loses its tokens."""

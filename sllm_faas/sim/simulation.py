@@ -13,7 +13,7 @@ from sllm_faas.errors import BadRequest
 from sllm_faas.sim.clock import Clock
 from sllm_faas.sim.gateway import NAME, SimGateway
 from sllm_faas.sim.node import SimNode
-from sllm_faas.sim.policies import MOVING, POLICIES, SEES_BUSY
+from sllm_faas.sim.policies import ANEW, MOVING, POLICIES, SEES_BUSY
 from sllm_faas.sim.results import Result, Samples, summary
 from sllm_faas.sim.scenario import GB, FunctionModel, Scenario, check
 from sllm_faas.sim.workload import Request, expand, random_of, requests
@@ -54,6 +54,7 @@ class Simulation:
             self._tell,
             tokens=migrate and policy in SEES_BUSY,
             moves=policy in MOVING,
+            resumes=policy not in ANEW,
         )
         self._feed(restored)
         self._feed(ev.GatewayUp(NAME, "1"))

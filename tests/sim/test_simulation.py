@@ -73,6 +73,7 @@ def test_running_requests_are_moved_or_preempted_only_by_the_policies_that_do():
     assert results["ours"].migrations > 0
     assert results["serverlessllm"].migrations > 0
     assert results["preempt"].preemptions > 0
+    assert results["preempt-resume"].preemptions > 0
     for policy in ("availability", "balanced", "random"):
         assert results[policy].migrations == results[policy].preemptions == 0
     assert Simulation(replace(crowded, migrate=False), "ours", 6).run().migrations == 0
