@@ -82,6 +82,21 @@ async def test_a_pause_before_the_first_token_holds_it_back(engine):
     assert await listener.task == whole
 
 
+async def test_a_pause_that_is_given_up_ends_nothing(engine):
+    """The move it was for failed before the next token boundary."""
+    made = engine()
+    whole = await undisturbed(made, REQUEST)
+    sequence = await made.prefill(REQUEST)
+    listener = Listener(made, sequence)
+    await listener.until(2)
+    pausing = asyncio.ensure_future(made.pause(sequence))
+    await asyncio.sleep(0)
+    assert pausing.cancel()
+    await asyncio.gather(pausing, return_exceptions=True)
+    made.proceed(sequence)
+    assert await listener.task == whole
+
+
 async def test_pausing_what_has_ended_returns(engine):
     made = engine()
     sequence = await made.prefill(REQUEST)

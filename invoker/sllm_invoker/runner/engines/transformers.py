@@ -175,7 +175,7 @@ class TransformersEngine:
         sequence = _own(sequence)
         sequence.paused = True
         with contextlib.suppress(SllmError):  # its stream says so
-            await self._ask(sequence, lambda: None)
+            await self._answered(sequence, lambda: None)
 
     def proceed(self, sequence: Sequence) -> None:
         sequence = _own(sequence)
@@ -270,8 +270,15 @@ class TransformersEngine:
             raise BadRequest(f"a token id is outside 0 to {self._vocabulary - 1}.", param=param)
 
     async def _ask(self, sequence: TokenSequence, command: Callable[[], None]) -> None:
-        """Run `command` on the step thread and wait until all of the sequence is computed, or it rests. When the
-        waiter is cancelled, the sequence is."""
+        """`_answered` for who owns the sequence: when the waiter is cancelled, the sequence is."""
+        try:
+            await self._answered(sequence, command)
+        except asyncio.CancelledError:
+            self.cancel(sequence)
+            raise
+
+    async def _answered(self, sequence: TokenSequence, command: Callable[[], None]) -> None:
+        """Run `command` on the step thread and wait until all of the sequence is computed, or it rests."""
         if sequence.stream.ended:
             raise Cancelled("the sequence has ended.")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -284,11 +291,7 @@ class TransformersEngine:
                 sequence.ready.append(future)
 
         self._send(register)
-        try:
-            await future
-        except asyncio.CancelledError:
-            self.cancel(sequence)
-            raise
+        await future
 
     def _send(self, command: Callable[[], None]) -> None:
         if self._closing:
