@@ -32,8 +32,8 @@ from typing import Any, Literal
 
 import httpx
 
-from benchmarks.common import Report, arguments, table
-from tests.e2e.conftest import EXAMPLES, Platform, eventually, free_port, platform_at
+from benchmarks.common import Report, arguments, free_port, table
+from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at
 from tests.e2e.fences import dropped, nothing_runs
 from tests.e2e.test_kills import Counting, Stream, pid_of, unwhole
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import free_port
 from tests.e2e import test_kills as kills
-from tests.e2e.conftest import EXAMPLES, Platform, eventually, free_port, platform_at
+from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at
 
 pytestmark = pytest.mark.e2e
 ZOO = Path(__file__).parent / "apps/zoo/zoo.py"

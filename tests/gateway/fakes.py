@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ import httpx
 import msgspec
 from sllm_gateway.server import Service
 
+from benchmarks.common import free_port
 from sllm_faas.config import Config
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec, ParameterSpec, Target, Timeline, Timeouts
@@ -368,12 +368,6 @@ class Rig:
         dispatcher.validate()
         assert not dispatcher.waiting()
         assert not dispatcher.slots.in_flight()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @asynccontextmanager

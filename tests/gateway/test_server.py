@@ -17,11 +17,12 @@ import pytest
 from sllm_gateway import server
 from sllm_gateway.server import listen
 
+from benchmarks.common import free_port
 from sllm_faas.config import Config
 from sllm_faas.errors import BadSpec, Conflict
 from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import Done
-from tests.gateway.fakes import FakeController, FakeInvoker, Rig, Running, free_port, rig
+from tests.gateway.fakes import FakeController, FakeInvoker, Rig, Running, rig
 
 
 @asynccontextmanager
