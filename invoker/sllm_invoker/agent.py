@@ -105,7 +105,9 @@ class Agent:
         probe = await asyncio.to_thread(nvml.probe)
         self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers, probe=probe)
         self.book = LogBook(config.logs_dir, name)
-        self.ingests = Ingests(CheckpointStore(config.checkpoints_dir), self._tree, self.directory)
+        self.ingests = Ingests(
+            CheckpointStore(config.checkpoints_dir), self._tree, self.directory, feed=lambda: self.tier.feed()
+        )
         self.tier = MemoryTier(
             config.checkpoints_dir, config.node_dram_mb, self._tree, users=lambda digest: self.instances.users(digest)
         )
@@ -297,6 +299,7 @@ class Agent:
                 ingest.name,
                 lambda *step: self._progress(Progress(ingest.request, *step)),
                 base=ingest.base,
+                forward=self.config.prefetch,
             )
             answer = Ingested(ingest.request, digest, size)
             self.tier.expect(size)

@@ -92,6 +92,7 @@ class Checks:
                             "",
                             lambda *step: self._progress(Progress(request, *step)),
                             base=digests.get(spec.name, ""),
+                            forward=self._prefetch,
                         )
                         digests[key], sizes[found] = found, size
                         self._place.tier.expect(size)

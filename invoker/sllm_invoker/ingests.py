@@ -1,8 +1,9 @@
 """Checkpoints on this node: present or brought here by an ingest process of its own.
 
 Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
-reports JSON lines. Invariant: one ingest per source at a time, however many ask; what a killed invoker left running is
-ended by its next life.
+reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`).
+Invariant: one ingest per source at a time, however many ask; what a killed invoker left running is ended by its
+next life.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,10 +33,18 @@ Report = Callable[[str, int, int], None]
 
 
 class Ingests:
-    def __init__(self, store: CheckpointStore, tree: Tree, scratch: Path) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        tree: Tree,
+        scratch: Path,
+        *,
+        feed: Callable[[], socket.socket | None] = lambda: None,
+    ) -> None:
         self.store = store
         self._tree = tree
         self._scratch = scratch
+        self._feed = feed
         self._running: dict[tuple[str, ...], tuple[asyncio.Task[str], list[Report]]] = {}
 
     def largest(self) -> int:
@@ -44,9 +54,11 @@ class Ingests:
     def digests(self) -> tuple[str, ...]:
         return tuple(entry.digest for entry in self.store.list())
 
-    async def bring(self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "") -> tuple[str, int]:
+    async def bring(
+        self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True
+    ) -> tuple[str, int]:
         """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`; `base` is what
-        an adapter adapts.
+        an adapter adapts. `forward`: into free memory too, when it is brought here.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
         key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
@@ -54,7 +66,7 @@ class Ingests:
         if running is None:
             reports = [report]
             task = asyncio.get_running_loop().create_task(
-                self._ingest(checkpoint, name or _name(checkpoint), reports, base)
+                self._ingest(checkpoint, name or _name(checkpoint), reports, base, forward=forward)
             )
             self._running[key] = (task, reports)
             task.add_done_callback(lambda _: self._running.pop(key, None))
@@ -83,18 +95,26 @@ class Ingests:
                 )
         return (await asyncio.to_thread(self.store.ensure_verified, digest)).directory
 
-    async def _ingest(self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str) -> str:
+    async def _ingest(
+        self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str, *, forward: bool
+    ) -> str:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
         command += ["--source", checkpoint.source, "--name", name]
         command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype, "--base", base]
-        process = subprocess.Popen(  # noqa: ASYNC220 - a fork, so that no sweep sees it before the tree knows it
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=self._scratch,
-            start_new_session=True,
-        )
+        with contextlib.ExitStack() as stack:
+            passed: tuple[int, ...] = ()
+            if forward and (end := self._feed()) is not None:
+                passed = (stack.enter_context(end).fileno(),)
+                command += ["--forward", str(passed[0])]
+            process = subprocess.Popen(  # noqa: ASYNC220 - a fork, so that no sweep sees it before the tree knows it
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=self._scratch,
+                start_new_session=True,
+                pass_fds=passed,
+            )
         self._tree.add(process.pid)
         assert process.stdout is not None
         answer: dict[str, Any] = {}

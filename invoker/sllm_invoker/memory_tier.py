@@ -174,6 +174,14 @@ class MemoryTier:
         future.add_done_callback(_seen)
         return opening
 
+    def feed(self) -> socket.socket | None:
+        """A channel through which an ingest forwards what it writes; None while there is no store process."""
+        if self._control is None:
+            return None
+        ours, theirs = channel.pair()
+        self._send(channel.Feed(), [theirs.detach()])
+        return ours
+
     def expect(self, size: int) -> None:
         """A checkpoint of `size` bytes is on this node: have memory ready for one of that size."""
         if size > self._largest:

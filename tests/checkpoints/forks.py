@@ -140,11 +140,14 @@ def _token(line: _Line, channel: int, request: dict[str, str]) -> None:
     line.say(f"served {xxhash.xxh3_64_hexdigest(logits.numpy().tobytes())}")
 
 
-def _ingest(line: _Line, _channel: int, request: dict[str, str]) -> None:
-    """Ingest, and die at the `die`-th event: an operation on a file, just before it happens, or a step of progress."""
+def _ingest(line: _Line, channel: int, request: dict[str, str]) -> None:
+    """Ingest, forwarding through `channel` if there is one, and die at the `die`-th event: an operation on a file, just
+    before it happens, or a step of progress."""
+    from sllm_invoker.checkpoints.forward import Forward
     from sllm_invoker.checkpoints.ingest import ingest
     from sllm_invoker.checkpoints.store import CheckpointStore
 
+    forward = Forward(socket.socket(fileno=channel)) if channel >= 0 else None
     last, events = int(request.get("die", 0)), 0
 
     def step(*_: object) -> None:
@@ -158,7 +161,9 @@ def _ingest(line: _Line, _channel: int, request: dict[str, str]) -> None:
             step()
 
     sys.addaudithook(audit)
-    result = ingest(CheckpointStore(Path(request["root"])), request["source"], request["name"], progress=step)
+    result = ingest(
+        CheckpointStore(Path(request["root"])), request["source"], request["name"], progress=step, forward=forward
+    )
     line.say(f"{result.digest} {events}")
 
 

@@ -13,7 +13,13 @@ from sllm_invoker.checkpoints.object import CHUNK_BYTES, CheckpointObject
 from sllm_invoker.checkpoints.reader import DirectFile
 from sllm_invoker.checkpoints.slab_book import Residence
 
-from sllm_faas.errors import Cancelled, CheckpointCorrupt, CheckpointUnavailable
+from sllm_faas.errors import (
+    Cancelled,
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointUnavailable,
+    StorageFull,
+)
 from tests.checkpoints.objects import make_object
 
 SLAB = CHUNK_BYTES
@@ -285,6 +291,101 @@ def test_a_load_that_finds_no_room_beside_a_promotion_cancels_it(make, objects):
     assert {load.digest: type(error) for load, error in tier.ended} == {a.digest: Cancelled, b.digest: type(None)}
     tier.have(c, "2")
     assert tier.bytes_of(c) == c.part_path().read_bytes()
+
+
+# -- filled by an ingest ---------------------------------------------------------------------------------------
+
+
+def lend(tier: Tier, slabs: int, holder: str = "ingest") -> bool:
+    return bool(tier.tier.lend(holder, slabs * SLAB))
+
+
+def write(tier: Tier, checkpoint: CheckpointObject) -> Residence:
+    """Do as an ingest does."""
+    content = checkpoint.part_path().read_bytes()
+    for index, slab in enumerate(tier.tier.lend("ingest", len(content))):
+        piece = content[index * SLAB : (index + 1) * SLAB]
+        slab.view[: len(piece)] = piece
+    return tier.tier.take("ingest", checkpoint.digest, checkpoint.directory, len(content))
+
+
+def test_what_an_ingest_wrote_is_found_without_a_read(make, objects):
+    tier, a = make(2), objects[0]
+    write(tier, a)
+    assert isinstance(tier.open(a, "1"), Residence)
+    assert tier.bytes_of(a) == a.part_path().read_bytes()
+    assert tier.opened == []
+
+
+def test_what_an_ingest_wrote_and_nobody_asked_for_leaves_first_and_its_memory_is_used_again(make, objects):
+    tier, (a, b, c) = make(4), objects
+    tier.have(b, "1")
+    tier.tier.gone("1")
+    slabs = set(write(tier, a).slabs)
+    tier.have(c, "2")
+    assert tier.tier.book.find(a.digest) is None
+    assert tier.tier.book.find(b.digest) is not None
+    assert set(tier.tier.book.find(c.digest).slabs) == slabs
+    assert tier.bytes_of(c) == c.part_path().read_bytes()
+
+
+def test_slabs_are_lent_only_where_they_are_nobodys(make, objects):
+    tier, (a, b, _) = make(4), objects
+    tier.have(a, "1")
+    assert not lend(tier, 3)
+    assert lend(tier, 2)
+    assert not lend(tier, 1, "another")
+    assert promote(tier, b) is None
+    assert lend(tier, 1), "in place of what it had"
+    tier.tier.give_back("ingest")
+    assert promote(tier, b) is not None
+
+
+def test_slabs_that_readers_had_make_way_for_new_ones_before_any_is_lent(make, objects):
+    tier, (a, b, _) = make(2), objects
+    tier.have(a, "1")
+    had = set(tier.tier.pool.slabs)
+    tier.tier.gone("1")
+    tier.tier.forget(a.digest)
+    assert len(tier.tier.book.free) == 2
+    write(tier, b)
+    assert had.isdisjoint(tier.tier.pool.slabs), "they are sealed: no other process could map them to write"
+    assert len(tier.tier.pool.slabs) == 2
+
+
+def test_slabs_that_were_made_ready_are_the_first_to_be_lent(make):
+    tier = make(4)
+    tier.tier.expect(2 * SLAB)
+    ready = set(tier.tier.book.free)
+    assert {slab.number for slab in tier.tier.lend("ingest", 2 * SLAB)} == ready
+
+
+def test_what_is_not_the_objects_size_is_not_taken_and_its_slabs_are_free(make, objects):
+    tier, a = make(4), objects[0]
+    size = a.manifest.total_bytes
+    for lent, said in ((size, size - 1), (size - 1, size), (size - 1, size - 1), (size + SLAB, size + SLAB), (0, size)):
+        tier.tier.lend("ingest", lent)
+        with pytest.raises(CheckpointError, match="are not checkpoint"):
+            tier.tier.take("ingest", a.digest, a.directory, said)
+        assert tier.tier.book.held == 0
+
+
+def test_what_was_read_meanwhile_is_not_taken(make, objects):
+    tier, a = make(4), objects[0]
+    assert tier.tier.lend("ingest", a.manifest.total_bytes)
+    tier.have(a, "1")
+    with pytest.raises(StorageFull, match="already"):
+        tier.tier.take("ingest", a.digest, a.directory, a.manifest.total_bytes)
+    assert tier.tier.book.held == 2
+
+
+def test_what_was_written_while_the_limit_fell_leaves_at_once(make, objects):
+    tier, a = make(2), objects[0]
+    assert tier.tier.lend("ingest", a.manifest.total_bytes)
+    tier.tier.limit(0)
+    assert len(tier.tier.pool.slabs) == 2, "somebody writes to them"
+    tier.tier.take("ingest", a.digest, a.directory, a.manifest.total_bytes)
+    assert not tier.tier.pool.slabs
 
 
 # -- a limit that changes --------------------------------------------------------------------------------------

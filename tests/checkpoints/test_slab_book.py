@@ -41,6 +41,18 @@ def test_a_stay_takes_its_slabs_and_gives_them_back():
     assert (sorted(made.free), made.held, made.find(A)) == ([0, 1, 2, 3], 0, None)
 
 
+def test_a_stay_may_get_its_name_while_it_is_filled_unless_another_has_it():
+    made = book()
+    number = full(made, A)
+    stay = made.reserve("unnamed", 200, 2)
+    for busy, name in ((stay.number, A), (number, B)):
+        with pytest.raises(IllegalMove, match="rename"):
+            made.rename(busy, name)
+    made.rename(stay.number, B)
+    assert (made.find(B), made.find("unnamed")) == (stay, None)
+    made.validate()
+
+
 def test_a_lease_keeps_a_checkpoint():
     made = book()
     number = full(made, A, holder="p")

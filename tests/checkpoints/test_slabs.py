@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,3 +62,18 @@ def test_a_slab_that_was_let_go_of_is_faulted_by_nobody(pool):
     pool.drop(slab.number)
     enlarge(slab, SLAB)
     assert not pool.slabs
+
+
+def test_a_slab_can_be_written_to_by_another_until_it_is_sealed_and_has_one_size_for_ever(pool):
+    slab = created(pool)
+    with pytest.raises(PermissionError):
+        os.ftruncate(slab.fd, SLAB // 2)
+    assert pool.unsealed(slab.number)
+    with mmap.mmap(slab.fd, SLAB) as another:
+        another[:4] = b"mine"
+    pool.seal(slab.number)
+    assert bytes(slab.view[:4]) == b"mine"
+    assert not pool.unsealed(slab.number)
+    with pytest.raises(PermissionError):
+        mmap.mmap(slab.fd, SLAB)
+    slab.view[:4] = b"ours"

@@ -3,9 +3,14 @@ descriptors beside it (SCM_RIGHTS).
 
     invoker ── Open + [channel end] ──► store          the other end of the channel is inherited by the container
             ── Adopt + [slabs], Expect, Limit, Forget, Look ──►
+            ── Feed + [channel end] ──►                 the other end is inherited by an ingest
             ◄── Opened, Loaded | NotLoaded, Held + [slabs], Whole, Dropped, Seen
     reader ── Attach ──► store                         the kernel vouches for its process (SCM_CREDENTIALS)
            ◄── Layout, Slabs + [slabs] …, Watermark …, Whole | NotLoaded
+    ingest ── Lend ──► store                            it is about to write so much
+           ◄── Lent + [slabs]
+           ── Written ──► store                         the object is in place, and they hold what is in it
+           ◄── Whole | NotLoaded
 
 A message that is not one of these ends the connection it came on. More than `MAX_FDS` descriptors travel in
 several messages, in order.
@@ -127,6 +132,31 @@ class Look(Message, frozen=True):
     request: int
 
 
+class Feed(Message, frozen=True):
+    """An ingest may forward what it writes; the end of its channel comes with it."""
+
+
+class Lend(Message, frozen=True):
+    """An ingest is about to write so many bytes. It maps nothing any more of what it was lent before."""
+
+    bytes: int
+
+
+class Lent(Message, frozen=True):
+    """`count` slabs to fill, until the channel is closed; none where there is no room that is nobody's."""
+
+    slab_bytes: int
+    count: int
+
+
+class Written(Message, frozen=True):
+    """What was lent holds the weights of an object that is in place, and the ingest does not map it any more."""
+
+    digest: str
+    directory: str
+    bytes: int
+
+
 class Resident(Message, frozen=True):
     digest: str
     state: Literal["filling", "full", "retiring"]
@@ -173,7 +203,7 @@ class Watermark(Message, frozen=True):
 
 AnyMessage = (
     Open | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Limit | Forget | Look | Seen
-    | Attach | Layout | Slabs | Watermark
+    | Attach | Layout | Slabs | Watermark | Feed | Lend | Lent | Written
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

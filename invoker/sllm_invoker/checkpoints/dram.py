@@ -6,7 +6,8 @@
 Small checkpoints, those that do not fit, and all of them where the limit is 0 stay in the page cache; whoever
 attaches cannot tell. Single-threaded but for the reader's and the pool's own threads, which only call `post`.
 A promotion is a load that nobody waits for yet: it takes only room that is nobody's, is read when nothing else is, and
-is cancelled when a load finds no room beside it. The limit may change at any time: over it, free slabs go first, then
+is cancelled when a load finds no room beside it. A loan is like it, but an ingest fills the slabs, and it lasts until
+that hands them over (`take`) or ends. The limit may change at any time: over it, free slabs go first, then
 promotions, then what may be evicted; what is leased or pinned stays.
 Invariant: a load nobody waits for any more is cancelled; a residence is whole or its load is in `loads`.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sllm_faas.errors import Cancelled, CheckpointError, StorageFull
+from sllm_faas.errors import Cancelled, CheckpointError, SllmError, StorageFull
 from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose, may_promote
 from sllm_invoker.checkpoints.object import Part, read_manifest
 from sllm_invoker.checkpoints.page_cache import resident
@@ -83,6 +84,8 @@ class DramTier:
         self._reader = Reader(piece=slab_bytes, open_file=open_file)
         self._parts: dict[str, Part] = {}
         self.loads: dict[str, Load] = {}
+        self.lent: dict[str, Residence] = {}
+        """By holder; they have no digest yet."""
         self.bandwidth = FIRST_GUESS
         self._ready = 0
 
@@ -125,16 +128,69 @@ class DramTier:
         """Have it read before anybody asks; None: it is here or under way, belongs into the page cache, or there is no
         room for it. Raises as `open` does."""
         part = self._part(digest, directory)
-        count = -(-part.bytes // self.pool.slab_bytes)
-        growth = max(0, self.pool.limit - len(self.pool.slabs))
-        there = digest in self.loads or self.book.find(digest) is not None
-        if there or part.bytes < self._small or not may_promote(count, len(self.book.free), growth):
+        if self._is_here(digest) or not self._has_place(part.bytes):
             return None
         load = self._begin(digest, directory, part, LEAST_URGENT)
         load.promotion = True
         load.holders.add(holder)
         self._replenish()
         return load
+
+    # -- filled by an ingest ---------------------------------------------------------------------------------
+
+    def lend(self, holder: str, size: int) -> list[Slab]:
+        """Slabs for the holder to fill with `size` bytes of a checkpoint yet to be named, in place of what it had; none
+        where no room is nobody's, or it belongs into the page cache."""
+        self.give_back(holder)
+        self._drop()
+        if not self._has_place(size):
+            return []
+        count, free = -(-size // self.pool.slab_bytes), self.book.free
+        free.sort(key=self.pool.unsealed)  # what readers had can be mapped by no writer: it makes way for new ones
+        missing = count - sum(map(self.pool.unsealed, free))
+        self.book.shed(max(0, missing + self._excess()))
+        self._drop()
+        try:
+            for _ in range(missing):
+                made = self.pool.create()
+                assert made is not None, "there was room"
+                self.pool.warm(made)
+                free.append(made.number)
+        except StorageFull:
+            return []
+        found = self.lent[holder] = self.book.reserve(f"lent to {holder}", size, count)
+        return self.slabs(found)
+
+    def take(self, holder: str, digest: str, directory: Path, size: int) -> Residence:
+        """What the holder was lent holds this object, and it does not map it any more. Raises as `open` does,
+        CheckpointError when it cannot be, StorageFull when that is here meanwhile; the slabs are free again then."""
+        lent = self.lent.get(holder)
+        try:
+            part = self._part(digest, directory)
+            if lent is None or not size == lent.bytes == part.bytes:
+                has = f"{lent.bytes} bytes were lent" if lent is not None else "nothing was lent"
+                raise CheckpointError(f"{size} bytes are not checkpoint {digest[:12]} of {part.bytes} bytes, or {has}.")
+            if self._is_here(digest):
+                raise StorageFull(f"checkpoint {digest[:12]} is in memory already, or being read.")
+        except SllmError:
+            self.give_back(holder)
+            raise
+        del self.lent[holder]
+        for number in lent.slabs:
+            self.pool.seal(number)
+        self.book.rename(lent.number, digest)
+        self.book.filled(lent.number)
+        self._settle()
+        return lent
+
+    def give_back(self, holder: str) -> None:
+        """It fills nothing any more, and maps nothing of it."""
+        lent = self.lent.pop(holder, None)
+        if lent is not None:
+            self.book.abandon(lent.number)
+            self._settle()
+
+    # -- limits ----------------------------------------------------------------------------------------------
 
     def limit(self, size: int) -> None:
         """From now on `size` bytes of slabs at most; what is leased, mapped or pinned goes over it when it must."""
@@ -239,6 +295,15 @@ class DramTier:
 
     # -- room ------------------------------------------------------------------------------------------------
 
+    def _is_here(self, digest: str) -> bool:
+        """Or under way."""
+        return digest in self.loads or self.book.find(digest) is not None
+
+    def _has_place(self, size: int) -> bool:
+        """It is not too small for slabs, and there are or may be enough that are nobody's."""
+        count, growth = -(-size // self.pool.slab_bytes), max(0, -self._excess())
+        return size >= self._small and may_promote(count, len(self.book.free), growth)
+
     def _place(self, digest: str, size: int) -> Residence | None:
         """Slabs for `size` bytes, those that are faulted first; None: it belongs into the page cache."""
         count = -(-size // self.pool.slab_bytes)
@@ -262,7 +327,10 @@ class DramTier:
             # Beside the read, which starts with the slabs that are ready; whoever comes first to a page faults it.
             left = size - ready * self.pool.slab_bytes
             threading.Thread(target=_fault_all, args=(fresh, left), name="slab-fault-now", daemon=True).start()
-        return self.book.reserve(digest, size, count)
+        found = self.book.reserve(digest, size, count)
+        for number in found.slabs:
+            self.pool.seal(number)
+        return found
 
     def _replenish(self) -> None:
         """Have as many slabs free as the largest checkpoint expected needs, as far as the limit lets us."""

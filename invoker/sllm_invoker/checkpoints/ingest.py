@@ -1,15 +1,15 @@
 """From a model somewhere to a checkpoint object in the store.
 
-    python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D]
+    python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D] [--forward FD]
 
 prints one JSON line per step of progress, `{"stage", "done", "total"}`, and a last one: `{"result": {"digest",
 "name", "known"}}`, or `{"error": ErrorInfo}` with exit status 1. It runs as a process of its own because it
 needs torch and the agent must not.
 
 Stages: resolve (where is it), hash (is it known), load (transformers converts to the runtime layout), write
-(one pass: bytes, xxh3 and blake3 together), sync and rename. safetensors only: pickled weights and models that
-need code of their own are refused. A source is never served in place: a truncated map is SIGBUS and a
-rewritten file is silently another model.
+(one pass: bytes, xxh3, blake3 and, with a channel to the store process, slabs together), sync and rename.
+safetensors only: pickled weights and models that need code of their own are refused. A source is never served
+in place: a truncated map is SIGBUS and a rewritten file is silently another model.
 
 Invariant: an object appears in the store complete or not at all, once, however many processes ingest it.
 """
@@ -17,9 +17,11 @@ Invariant: an object appears in the store complete or not at all, once, however 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +32,7 @@ import blake3
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, SllmError, to_info
 from sllm_invoker.checkpoints.adapter import write_adapter
+from sllm_invoker.checkpoints.forward import Forward
 from sllm_invoker.checkpoints.object import (
     FORMAT_VERSION,
     LAYOUT_VERSION,
@@ -42,7 +45,7 @@ from sllm_invoker.checkpoints.object import (
     first_line,
     identity,
 )
-from sllm_invoker.checkpoints.part import collect, write_part
+from sllm_invoker.checkpoints.part import collect, nowhere, write_part
 from sllm_invoker.checkpoints.source import Origin, content_digest, resolve
 from sllm_invoker.checkpoints.store import CheckpointStore, check_name, storage_errors
 
@@ -68,9 +71,11 @@ def ingest(
     dtype: str = "auto",
     base: str = "",
     progress: Progress | None = None,
+    forward: Forward | None = None,
 ) -> Ingested:
     """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
-    adapter needs its `base`: the name or digest of a checkpoint in the store.
+    adapter needs its `base`: the name or digest of a checkpoint in the store. A model that had to be written is in the
+    DRAM tier too where `forward` finds room there.
 
     Raises BadSpec (not a model, refused, bad name or dtype), CheckpointUnavailable (cannot be reached),
     CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -103,7 +108,7 @@ def ingest(
                     if adapted is not None:
                         digest = write_adapter(store, origin, content, adapted, report)
                     else:
-                        digest = _write(store, origin, content, dtype, report)
+                        digest = _write(store, origin, content, dtype, report, forward)
                     store.remember(sure, digest)
                     store.remember(quick, digest)
                     store.set_ref(name, digest)
@@ -138,7 +143,11 @@ def _key(*facts: str) -> str:
 # -- write ---------------------------------------------------------------------------------------------------
 
 
-def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, report: Progress) -> str:
+def _write(
+    store: CheckpointStore, origin: Origin, content: str, dtype: str, report: Progress, forward: Forward | None
+) -> str:
+    if forward is not None:  # first: its memory is faulted beside imports and conversion
+        forward.expect(sum(path.stat().st_size for path in origin.files if path.suffix == ".safetensors"))
     from sllm_invoker.runner import quantized
     from sllm_invoker.runner.attach import probe
 
@@ -148,7 +157,7 @@ def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, rep
     found = probe(model)
     with store.workspace() as work:
         files = _write_side_files(work, origin, model)
-        part = write_part(work / PART_NAME, stored.tensors, found.order, report)
+        part = write_part(work / PART_NAME, stored.tensors, found.order, report, forward.memory if forward else nowhere)
         layout = Layout(version=LAYOUT_VERSION, transformers=version("transformers"), dtype=known_dtype)
         digest = identity(layout, (part,), files, "")
         manifest = Manifest(
@@ -173,6 +182,8 @@ def _write(store: CheckpointStore, origin: Origin, content: str, dtype: str, rep
         report(part.bytes, part.bytes, "sync")
         store.finish(work, manifest)
     store.ensure_verified(digest)
+    if forward is not None:
+        forward.hand_over(digest, store.path(digest), part.bytes)
     return digest
 
 
@@ -258,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision", default="")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--base", default="")
+    parser.add_argument("--forward", type=int, default=-1)
     options = parser.parse_args(argv)
     told = ["", 0]
 
@@ -268,16 +280,20 @@ def main(argv: list[str] | None = None) -> int:
             _say({"stage": stage, "done": done, "total": total})
 
     try:
-        store = CheckpointStore(Path(options.root))
-        result = ingest(
-            store,
-            options.source,
-            options.name,
-            revision=options.revision,
-            dtype=options.dtype,
-            base=options.base,
-            progress=progress,
-        )
+        with contextlib.ExitStack() as stack:
+            forward: Forward | None = None
+            if options.forward >= 0:
+                forward = stack.enter_context(Forward(socket.socket(fileno=options.forward)))
+            result = ingest(
+                CheckpointStore(Path(options.root)),
+                options.source,
+                options.name,
+                revision=options.revision,
+                dtype=options.dtype,
+                base=options.base,
+                progress=progress,
+                forward=forward,
+            )
     except SllmError as error:
         info = dataclasses.asdict(to_info(error))
         _say({"error": {key: value for key, value in info.items() if key != "args"}})

@@ -1,4 +1,5 @@
-"""Writing the weights of a loaded model as a part file, in one pass: bytes, xxh3 and blake3 together.
+"""Writing the weights of a loaded model as a part file, in one pass: bytes, xxh3 and blake3 together, and into memory
+where there is some for them.
 
 The file is safetensors with its header padded to a multiple of `DATA_ALIGNMENT`, tensors in execution order,
 each aligned by `__pad__` entries. Not here: the manifest around it (`ingest`) and reading it back (`object`).
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +71,20 @@ def collect(model: Any) -> Stored:
     return stored
 
 
+def nowhere(_size: int) -> Sequence[memoryview]:
+    """The file is all."""
+    return ()
+
+
 def write_part(
-    path: Path, tensors: dict[str, tuple[TensorKind, torch.Tensor]], order: dict[str, int], report: Progress
+    path: Path,
+    tensors: dict[str, tuple[TensorKind, torch.Tensor]],
+    order: dict[str, int],
+    report: Progress,
+    memory: Callable[[int], Sequence[memoryview]] = nowhere,
 ) -> Part:
-    """The weights file. One pass over the bytes."""
+    """The weights file. One pass over the bytes. `memory(size)`: where they go too, views of one length, a multiple of
+    `CHUNK_BYTES`, that hold `size` bytes together; or none."""
     from sllm_invoker.runner.attach import SAFETENSORS_DTYPES
 
     names = sorted(tensors, key=lambda name: _position(name, order))  # stable: registration order within a module
@@ -93,7 +105,8 @@ def write_part(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
 
-    writer = _HashingWriter(path, 8 + len(raw) + at, report)
+    total = 8 + len(raw) + at
+    writer = _HashingWriter(path, total, report, memory(total))
     with writer:
         writer.write(memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in names:
@@ -142,11 +155,12 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class _HashingWriter:
-    """Writes a file and sums it: blake3 of the whole, xxh3-64 of each chunk."""
+    """Writes a file and sums it: blake3 of the whole, xxh3-64 of each chunk. Where there is memory for it, what is
+    summed and written is what has come to lie there."""
 
-    def __init__(self, path: Path, total: int, report: Progress) -> None:
+    def __init__(self, path: Path, total: int, report: Progress, memory: Sequence[memoryview]) -> None:
         self._file = path.open("wb")
-        self._total, self._report = total, report
+        self._total, self._report, self._memory = total, report, memory
         self._chunk = xxhash.xxh3_64()
         self.whole = blake3.blake3()
         self.chunks: list[str] = []
@@ -159,6 +173,11 @@ class _HashingWriter:
         while data.nbytes:
             room = CHUNK_BYTES - self.done % CHUNK_BYTES
             piece, data = data[:room], data[room:]
+            if self._memory:
+                index, at = divmod(self.done, len(self._memory[0]))
+                copy = self._memory[index][at : at + piece.nbytes]
+                copy[:] = piece
+                piece = copy
             self._file.write(piece)
             self.whole.update(piece)
             self._chunk.update(piece)

@@ -111,6 +111,15 @@ class SlabBook:
     def filled(self, number: int) -> None:
         self._move(number, "filled")
 
+    def rename(self, number: int, digest: str) -> None:
+        """It is known only now what it was filled with."""
+        residence = self._get(number, "rename")
+        if residence.state != "filling" or digest in self._current:
+            raise IllegalMove(f"rename: {residence.digest} is {residence.state}, or {digest[:12]} is here already")
+        del self._current[residence.digest]
+        residence.digest = digest
+        self._current[digest] = number
+
     def disown(self, number: int) -> None:
         """Its read is being cancelled: it is not found any more, so that the checkpoint can be read anew."""
         residence = self._get(number, "disown")

@@ -1,8 +1,9 @@
 """The memory of the DRAM tier: slabs, each a memfd of fixed size, mapped here once and faulted ahead of use.
 
 First touch of fresh memory costs about a CPU-second per GiB, so one thread of low priority faults those that
-will be needed (`warm`); what is missing then is faulted by whoever needs it. A slab is sealed: readers
-can map it private only (F_SEAL_FUTURE_WRITE), and nobody can change its size. What is faulted ahead is in huge pages
+will be needed (`warm`); what is missing then is faulted by whoever needs it. Nobody can change a slab's size, and one
+that readers see is sealed: they can map it private only (F_SEAL_FUTURE_WRITE). Before that, an ingest may have it to
+fill. What is faulted ahead is in huge pages
 wherever the kernel can make them, whatever its defaults say: readers then map 2 MiB at a time. Not here: who holds a
 slab (`slab_book`). Invariant: no more than `limit` slabs are made.
 """
@@ -66,6 +67,7 @@ class SlabPool:
         self.slabs: dict[int, Slab] = {}
         self._numbers = 0
         self._cold: deque[Slab] = deque()
+        self._unsealed: set[int] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="slab-fault", daemon=True)
@@ -92,9 +94,21 @@ class SlabPool:
             os.close(fd)
             raise StorageFull(f"no memory for a slab of {self.slab_bytes} bytes: {error.strerror}.") from error
         advise(memory.address, self.slab_bytes, MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):  # before Linux 5.1: readers are trusted not to map it writable
-            fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL | _SHRINK | _GROW | _FUTURE_WRITE)
-        return self._keep(fd, memory)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SHRINK | _GROW)
+        slab = self._keep(fd, memory)
+        self._unsealed.add(slab.number)
+        return slab
+
+    def seal(self, number: int) -> None:
+        """Before readers get it: from now on only maps that exist can write to it, and they are ours."""
+        if number in self._unsealed:
+            self._unsealed.remove(number)
+            with contextlib.suppress(OSError):  # before Linux 5.1: readers are trusted not to map it writable
+                fcntl.fcntl(self.slabs[number].fd, _F_ADD_SEALS, _SEAL | _FUTURE_WRITE)
+
+    def unsealed(self, number: int) -> bool:
+        """Another process could still map it to fill it."""
+        return number in self._unsealed
 
     def adopt(self, fd: int) -> Slab:
         """Take over a slab of an earlier life; it may exceed the limit, which then keeps new ones from being made."""
@@ -104,6 +118,7 @@ class SlabPool:
         """Let go of a slab, which nobody reads or writes here any more; its memory returns to the system with the last
         process that maps it."""
         slab = self.slabs.pop(number)
+        self._unsealed.discard(number)
         with self._changed:
             if slab in self._cold:
                 self._cold.remove(slab)

@@ -7,6 +7,9 @@ What is said on it and on the channels of readers is in `channel`. A process of 
 wait for anyone's interpreter, and because killing it harms nobody: readers keep their maps, the invoker keeps the
 slabs and hands them to the next life.
 
+An ingest may feed it: it is lent slabs to fill, which are a checkpoint's when it says that the object is in place, and
+free again when its channel ends before that: a process ends its maps before its descriptors.
+
 A reader is proved gone by two facts together: its process has ended (pidfd), and nobody holds its end of the
 channel any more, which children that it forked inherit with its maps. Until then its slabs are not reused,
 whatever anybody says. Invariant: nothing is handed out before the kernel has vouched for who receives it.
@@ -125,6 +128,14 @@ class _Reader:
         return (self.peer is None or self.peer.closed) and (self.process is None or self.process.ended)
 
 
+class _Feed:
+    """The store's end of the channel of an ingest."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        self.peer: _Peer | None = None
+
+
 class Store:
     def __init__(
         self,
@@ -139,6 +150,7 @@ class Store:
         self._selector = selectors.DefaultSelector()
         self._root = root
         self._readers: dict[str, _Reader] = {}
+        self._feeds: set[_Feed] = set()
         self._count = 0
         self._adopting: channel.Adopt | None = None
         self._adopted: list[int] = []
@@ -169,9 +181,9 @@ class Store:
                     self._posted.popleft()()
         finally:
             self.tier.close()
-            for reader in self._readers.values():
-                if reader.peer is not None:
-                    reader.peer.close()
+            for peer in [each.peer for each in self._readers.values()] + [each.peer for each in self._feeds]:
+                if peer is not None:
+                    peer.close()
             self._control.close()
 
     def ready(self, _mask: int) -> None:
@@ -211,6 +223,8 @@ class Store:
             case channel.Slabs() if self._adopting is not None:
                 self._adopted += fds
                 self._adopt()
+            case channel.Feed():
+                self._feed(fds)
             case channel.Expect():
                 self.tier.expect(message.bytes)
             case channel.Limit():
@@ -288,7 +302,8 @@ class Store:
 
     def _seen(self, request: int) -> channel.Seen:
         tier, residents = self.tier, []
-        for each in tier.book.residences.values():
+        lent = {each.number for each in tier.lent.values()}
+        for each in [each for each in tier.book.residences.values() if each.number not in lent]:
             load = tier.loads.get(each.digest) if each.state == "filling" else None
             watermark = load.reading.watermark if load and load.reading else each.bytes
             residents.append(channel.Resident(each.digest, each.state, each.bytes, len(each.leases), watermark))
@@ -296,6 +311,47 @@ class Store:
         return channel.Seen(
             request, pool.slab_bytes, len(pool.slabs), len(tier.book.free), pool.limit, tuple(residents)
         )
+
+    # -- ingests ---------------------------------------------------------------------------------------------
+
+    def _feed(self, fds: list[int]) -> None:
+        channel.close_all(fds[1:])
+        if fds:
+            self._count += 1
+            feed = _Feed(f"{self._count}")
+            feed.peer = _Peer(self._selector, socket.socket(fileno=fds[0]), lambda: self._fed(feed))
+            self._feeds.add(feed)
+
+    def _fed(self, feed: _Feed) -> None:
+        assert feed.peer is not None
+        try:
+            while (received := channel.receive(feed.peer.sock)) is not None:
+                message, fds, _ = received
+                channel.close_all(fds)
+                match message:
+                    case channel.Lend():
+                        slabs = self.tier.lend(feed.holder, message.bytes)
+                        lent = channel.Lent(self.tier.pool.slab_bytes, len(slabs))
+                        for index, batch in enumerate(channel.batches([slab.fd for slab in slabs]) or [()]):
+                            feed.peer.send(lent if not index else channel.Slabs(), batch)
+                    case channel.Written():
+                        feed.peer.send(self._take(feed, message))
+        except BlockingIOError:
+            return
+        except (OSError, WireError):
+            pass
+        feed.peer.close()
+        self.tier.give_back(feed.holder)
+        self._feeds.discard(feed)
+
+    def _take(self, feed: _Feed, written: channel.Written) -> AnyMessage:
+        """It is in memory from now on, if it is what it should be."""
+        try:
+            found = self.tier.take(feed.holder, written.digest, Path(written.directory), written.bytes)
+        except SllmError as error:
+            return channel.NotLoaded(0, to_info(error))
+        self._hold(found, Path(written.directory))
+        return channel.Whole(found.number)
 
     # -- readers ---------------------------------------------------------------------------------------------
 
