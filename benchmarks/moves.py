@@ -109,10 +109,9 @@ class Run:
                     elif line.startswith("data: "):
                         chunks += 1
                         now = time.perf_counter()
-                        if hop:
+                        if hop and last:
                             answer.gaps.append(now - last)
-                            hop = False
-                        last = now
+                        last, hop = now, False
                         self._take(answer, json.loads(line[6:]))
                     if leave is not None and chunks >= leave:
                         return answer
