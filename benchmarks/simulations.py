@@ -24,7 +24,7 @@ from sllm_faas.sim.simulation import Simulation
 
 SEEDS = 8
 PAPER_RATE = 1.4
-"""Requests a second at which the paper reports its factors over its baselines."""
+"""Requests a second at which the paper reports its factors over its baselines (assumed)."""
 BASELINES = ("availability", "preempt")
 FACTOR = 1.3
 CVS = (2, 4, 8)
