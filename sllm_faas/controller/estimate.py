@@ -219,15 +219,22 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
     if start.size and read is not None:
         rate = start.size / max(finished.read_seconds, AT_ONCE)
         if finished.read_bytes or start.tier == "dram":
-            _mix(book, f"rate|{start.node}|{start.tier}|{_class(start.size)}", rate)
-            _mix(book, f"rate|{start.node}|{start.tier}", rate)
+            _learn_rate(book, start, start.tier, rate)
         end = read.start + read.seconds
         if attach is not None:
             stall = max(0.0, end - max(attach.start, read.start))
         if stall >= STALLED:
             for name in (start.function, f"={start.libs}"):
                 _mix(book, f"tail|{name}", max(0.0, finished.actual - end))
-    _learn_own(book, start, max(0.0, finished.actual - making - stall), stall >= STALLED)
+    pulled = spans["pull"].seconds if "pull" in spans else 0.0
+    if start.size and pulled > 0:
+        _learn_rate(book, start, "remote", start.size / pulled)
+    _learn_own(book, start, max(0.0, finished.actual - making - stall - pulled), stall >= STALLED)
+
+
+def _learn_rate(book: Book, start: Start, tier: Tier, rate: float) -> None:
+    _mix(book, f"rate|{start.node}|{tier}|{_class(start.size)}", rate)
+    _mix(book, f"rate|{start.node}|{tier}", rate)
 
 
 def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:

@@ -119,6 +119,14 @@ def test_a_read_that_held_the_start_up_is_learned_as_bandwidth_and_what_came_aft
     assert total(book, MODEL, queue=1.0) == pytest.approx(3.1)
 
 
+def test_a_pull_is_learned_as_the_bandwidth_of_what_is_remote_and_not_as_the_functions_own():
+    book: e.Book = {}
+    pull = Span("pull", 0.0, 20.0, "tier=remote")
+    learn(book, MODEL, 21.0, pull, Span("checkpoint", 20.0, 0.1), read=0.1)
+    assert total(book, replace(MODEL, tier="dram")) == pytest.approx(1.0, abs=0.2)
+    assert total(book, replace(MODEL, tier="remote")) == pytest.approx(20.0, rel=0.1)
+
+
 def test_a_read_that_ended_before_the_container_was_there_costs_nothing():
     book: e.Book = {}
     spans = (Span("checkpoint", 0.0, 0.5, "tier=disk"), Span("attach", 0.9, 0.1))
