@@ -173,6 +173,7 @@ def test_a_sealed_slab_is_mapped_shared_for_reading_and_not_for_writing():
     pool = SlabPool(1, slab_bytes=1 << 16)
     try:
         slab = pool.create()
+        pool.seal(slab.number)
         slab.view[:4] = b"slab"
         mapping = map_slabs([slab.fd], 1 << 16, 1 << 16, shared=True)
         slab.view[:4] = b"late"
