@@ -47,3 +47,11 @@ def test_otherwise_it_is_that_of_transformers(width: int, masked: bool) -> None:
     mask = causal(width, 9) if masked else None
     expected, _ = sdpa_attention_forward(module, query, key, value, mask)
     assert torch.equal(shared_heads(module, query, key, value, mask)[0], expected)
+
+
+def test_what_is_added_to_the_scores_is_left_to_transformers() -> None:
+    query, key, value = tensors(1, 5, 9, 6, 2, 16, torch.float32)
+    module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    mask, bias = causal(5, 9), torch.randn(1, 6, 5, 9)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=bias)
+    assert torch.equal(shared_heads(module, query, key, value, mask, position_bias=bias)[0], expected)

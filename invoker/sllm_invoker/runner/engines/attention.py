@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_OTHERWISE = ("softcap", "position_bias", "cache", "output_attentions")
+_OTHERWISE = ("softcap", "position_bias", "cache")
 """Arguments that ask for more than a mask."""
 
 
@@ -36,7 +36,7 @@ def shared_heads(
     """`query` [rows, heads, width, dim], `key` and `value` [rows, fewer heads, length, dim], the mask of what each may
     see; the result is [rows, width, heads, dim]. transformers' own, but for a mask over several tokens on a CPU."""
     shared = query.shape[1] > key.shape[1] and query.shape[2] > 1 and attention_mask is not None
-    if not shared or query.device.type != "cpu" or any(more.get(name) for name in _OTHERWISE):
+    if not shared or query.device.type != "cpu" or any(more.get(name) is not None for name in _OTHERWISE):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
