@@ -19,8 +19,8 @@ pytestmark = pytest.mark.e2e
 
 async def play(url: str, headers: dict[str, str]) -> moves.Run:
     async with httpx.AsyncClient(base_url=url, headers={**headers, "X-Sllm-Comments": "1"}, timeout=60) as client:
-        run = moves.Run(client, random.Random(3), goal=12)
-        await run.undisturbed(5)
+        run = moves.Run(client, random.Random(3), goal=20)
+        await run.undisturbed(8)
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for _ in range(6):
                 group.create_task(run.read())
@@ -37,5 +37,5 @@ def test_answers_that_are_moved_at_random_are_the_undisturbed_ones() -> None:
             platform.sllm("deploy", str(app))
             run = asyncio.run(play(platform.url, platform.headers))
     assert run.wrong == []
-    assert run.outcomes["moved"] >= 12
+    assert run.outcomes["moved"] >= 20
     assert run.moved_answers > 0
