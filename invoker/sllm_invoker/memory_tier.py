@@ -323,12 +323,11 @@ class MemoryTier:
             channel.close_all(kept.fds)
             return
         size = os.fstat(kept.fds[0]).st_size
-        message: AnyMessage = channel.Adopt(
+        adopt = channel.Adopt(
             held.digest, held.directory, held.bytes, held.count, size, tuple(self._users(held.digest))
         )
-        for batch in channel.batches(kept.fds):
-            self._send(message, list(batch))
-            message = channel.Slabs()
+        for message, fds in channel.with_fds(adopt, kept.fds):
+            self._send(message, list(fds))
 
 
 def _seen(future: asyncio.Future[Loaded]) -> None:

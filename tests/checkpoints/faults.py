@@ -144,10 +144,7 @@ async def kill_ingests(forks: Forks, source: Path | str, root: Path, count: int,
     store = CheckpointStore(root)
 
     async def run(die: int = 0) -> str | None:
-        fork = await forks.start("ingest", root=root, source=source, name="model", die=die)
-        answer = await fork.hear()
-        await fork.kill()
-        return answer
+        return await forks.run("ingest", root=root, source=source, name="model", die=die)
 
     whole = await run()
     assert whole is not None

@@ -70,6 +70,13 @@ class Forks:
             command = [sys.executable, "-m", "tests.checkpoints.forks", str(theirs.fileno())] + ["models"] * models
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
 
+    async def run(self, act: str, *, channel: int = -1, **arguments: Any) -> str | None:
+        """What it said first; None: it died before that. It is dead in any case."""
+        fork = await self.start(act, channel=channel, **arguments)
+        answer = await fork.hear()
+        await fork.kill()
+        return answer
+
     async def start(self, act: str, *, channel: int = -1, **arguments: Any) -> Fork:
         ours, theirs = socket.socketpair()
         with theirs:

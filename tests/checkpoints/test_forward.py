@@ -250,12 +250,9 @@ async def test_an_ingest_killed_anywhere_leaves_nothing_in_memory_that_is_not_wh
                 end = here.tier.feed()
                 assert end is not None
                 with end:
-                    fork = await models.start(
+                    return await models.run(
                         "ingest", root=store.root, source=source, name="tiny", die=die, channel=end.fileno()
                     )
-                answer = await fork.hear()
-                await fork.kill()
-                return answer
 
             whole = await run()
             assert whole is not None

@@ -64,8 +64,8 @@ def played(script: Callable[[socket.socket], None], path: Path, part: Part, end:
 def hand_out(sock: socket.socket, data: bytes) -> None:
     fds = slabs(data)
     layout = channel.Layout("slabs", SIZE, SLAB, len(fds))
-    for index, batch in enumerate(channel.batches(fds)):
-        channel.send(sock, layout if not index else channel.Slabs(), batch)
+    for message, some in channel.with_fds(layout, fds):
+        channel.send(sock, message, some)
     channel.close_all(fds)
 
 

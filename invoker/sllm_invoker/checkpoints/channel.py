@@ -23,7 +23,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -253,8 +253,21 @@ def receive(sock: socket.socket) -> tuple[AnyMessage, list[int], int] | None:
         raise
 
 
-def batches(fds: Sequence[int]) -> list[Sequence[int]]:
-    return [fds[start : start + MAX_FDS] for start in range(0, len(fds), MAX_FDS)]
+def with_fds(message: AnyMessage, fds: Sequence[int]) -> Iterator[tuple[AnyMessage, Sequence[int]]]:
+    """The message with the first of the descriptors, and those that carry the rest."""
+    yield message, fds[:MAX_FDS]
+    for start in range(MAX_FDS, len(fds), MAX_FDS):
+        yield Slabs(), fds[start : start + MAX_FDS]
+
+
+def rest_of(sock: socket.socket, fds: list[int], count: int) -> None:
+    """Receive into `fds`, which came with a message, until they are `count`. Raises OSError, and WireError, with those
+    that did come in `fds`, the caller's to close."""
+    while len(fds) < count:
+        more = receive(sock)
+        if more is None or not more[1]:
+            raise ConnectionResetError
+        fds += more[1]
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -79,12 +79,9 @@ class Forward:
             channel.send(self._end, message)
             if (received := channel.receive(self._end)) is not None:
                 answer, fds, _ = received
-                while isinstance(answer, channel.Lent) and len(fds) < answer.count:
-                    if (received := channel.receive(self._end)) is None:
-                        break
-                    fds += received[1]
-                else:
-                    return answer, fds
+                if isinstance(answer, channel.Lent):
+                    channel.rest_of(self._end, fds, answer.count)
+                return answer, fds
         self._end.close()
         channel.close_all(fds)
         return None, []

@@ -69,6 +69,22 @@ class _Peer:
         self._outbox.append((message, [os.dup(fd) for fd in fds]))
         self._flush()
 
+    def send_all(self, message: AnyMessage, fds: Sequence[int]) -> None:
+        """However many descriptors there are."""
+        for each, some in channel.with_fds(message, fds):
+            self.send(each, some)
+
+    def hear(self, handle: Callable[[AnyMessage, list[int], int], None]) -> bool:
+        """Handle what has come: a message, its descriptors, now the handler's, and its sender. False: this was all."""
+        try:
+            while (received := channel.receive(self.sock)) is not None:
+                handle(*received)
+        except BlockingIOError:
+            return True
+        except (OSError, WireError):
+            pass
+        return False
+
     def _flush(self) -> None:
         try:
             while self._outbox:
@@ -203,17 +219,10 @@ class Store:
     # -- the invoker -----------------------------------------------------------------------------------------
 
     def _commands(self) -> None:
-        try:
-            while (received := channel.receive(self._control.sock)) is not None:
-                message, fds, _ = received
-                self._command(message, fds)
-        except BlockingIOError:
-            return
-        except (OSError, WireError):
-            pass
-        self._stopped = True
+        if not self._control.hear(self._command):
+            self._stopped = True
 
-    def _command(self, message: AnyMessage, fds: list[int]) -> None:
+    def _command(self, message: AnyMessage, fds: list[int], _pid: int) -> None:
         match message:
             case channel.Open():
                 self._open(message, fds)
@@ -297,8 +306,7 @@ class Store:
         """Have the invoker keep the slabs alive over our death."""
         fds = [slab.fd for slab in self.tier.slabs(residence)]
         held = channel.Held(residence.number, residence.digest, str(directory), residence.bytes, len(fds))
-        for index, batch in enumerate(channel.batches(fds)):
-            self._control.send(held if not index else channel.Slabs(), batch)
+        self._control.send_all(held, fds)
 
     def _seen(self, request: int) -> channel.Seen:
         tier, residents = self.tier, []
@@ -323,26 +331,22 @@ class Store:
             self._feeds.add(feed)
 
     def _fed(self, feed: _Feed) -> None:
+        def handle(message: AnyMessage, fds: list[int], _pid: int) -> None:
+            assert feed.peer is not None
+            channel.close_all(fds)
+            match message:
+                case channel.Lend():
+                    slabs = self.tier.lend(feed.holder, message.bytes)
+                    lent = channel.Lent(self.tier.pool.slab_bytes, len(slabs))
+                    feed.peer.send_all(lent, [slab.fd for slab in slabs])
+                case channel.Written():
+                    feed.peer.send(self._take(feed, message))
+
         assert feed.peer is not None
-        try:
-            while (received := channel.receive(feed.peer.sock)) is not None:
-                message, fds, _ = received
-                channel.close_all(fds)
-                match message:
-                    case channel.Lend():
-                        slabs = self.tier.lend(feed.holder, message.bytes)
-                        lent = channel.Lent(self.tier.pool.slab_bytes, len(slabs))
-                        for index, batch in enumerate(channel.batches([slab.fd for slab in slabs]) or [()]):
-                            feed.peer.send(lent if not index else channel.Slabs(), batch)
-                    case channel.Written():
-                        feed.peer.send(self._take(feed, message))
-        except BlockingIOError:
-            return
-        except (OSError, WireError):
-            pass
-        feed.peer.close()
-        self.tier.give_back(feed.holder)
-        self._feeds.discard(feed)
+        if not feed.peer.hear(handle):
+            feed.peer.close()
+            self.tier.give_back(feed.holder)
+            self._feeds.discard(feed)
 
     def _take(self, feed: _Feed, written: channel.Written) -> AnyMessage:
         """It is in memory from now on, if it is what it should be."""
@@ -356,20 +360,16 @@ class Store:
     # -- readers ---------------------------------------------------------------------------------------------
 
     def _heard(self, reader: _Reader) -> None:
+        def handle(message: AnyMessage, fds: list[int], pid: int) -> None:
+            channel.close_all(fds)
+            if isinstance(message, channel.Attach) and reader.process is None:
+                self._attach(reader, pid)
+
         assert reader.peer is not None
-        try:
-            while (received := channel.receive(reader.peer.sock)) is not None:
-                message, fds, pid = received
-                channel.close_all(fds)
-                if isinstance(message, channel.Attach) and reader.process is None:
-                    self._attach(reader, pid)
-        except BlockingIOError:
-            return
-        except (OSError, WireError):
-            pass
-        reader.peer.close()
-        self.tier.release(reader.holder)
-        self._ended(reader.holder)
+        if not reader.peer.hear(handle):
+            reader.peer.close()
+            self.tier.release(reader.holder)
+            self._ended(reader.holder)
 
     def _attach(self, reader: _Reader, pid: int) -> None:
         assert reader.peer is not None
@@ -386,8 +386,7 @@ class Store:
             self.tier.book.map(residence.number, reader.holder)
             slabs = self.tier.slabs(residence)
             layout = channel.Layout("slabs", residence.bytes, self.tier.pool.slab_bytes, len(slabs), whole)
-            for index, batch in enumerate(channel.batches([slab.fd for slab in slabs])):
-                reader.peer.send(layout if not index else channel.Slabs(), batch)
+            reader.peer.send_all(layout, [slab.fd for slab in slabs])
         if whole:
             reader.peer.send(channel.Whole())
 

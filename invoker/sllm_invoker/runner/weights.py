@@ -184,12 +184,11 @@ def _layout(sock: socket.socket) -> tuple[channel.Layout, list[int]]:
     if received is None or not isinstance(received[0], channel.Layout):
         raise ConnectionResetError
     layout, fds = received[0], received[1]
-    while len(fds) < layout.count:
-        more = channel.receive(sock)
-        if more is None or not more[1]:
-            channel.close_all(fds)
-            raise ConnectionResetError
-        fds += more[1]
+    try:
+        channel.rest_of(sock, fds, layout.count)
+    except (OSError, WireError):
+        channel.close_all(fds)
+        raise
     return layout, fds
 
 
