@@ -26,9 +26,10 @@ def short_path() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def instances() -> Iterator[dict[str, Runner]]:
-    """Instances that many tests share, started when first asked for."""
+    """Instances that many tests share, started when first asked for. They end with the module: tests of
+    containers may come next in this process, and these kill every child that is not theirs."""
     shared = _Shared()
     yield shared
     shared.close()
