@@ -264,6 +264,7 @@ class Agent:
             self.tier.resident(),
             self.tier.pinned(),
             self.runtime.pool.layers(),
+            self.tier.granted_mb,
         )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats

@@ -105,6 +105,11 @@ class MemoryTier:
         """Of the store process; 0 while there is none."""
         return self._process.pid if self._process is not None else 0
 
+    @property
+    def granted_mb(self) -> int:
+        """What slabs may take."""
+        return self._granted_mb
+
     def pinned(self) -> dict[str, int]:
         """MiB in slabs of the checkpoints that stay there whatever else needs memory, by digest."""
         with contextlib.suppress(OSError):

@@ -217,11 +217,21 @@ class Candidates:
     def _tier(self, node: str, need: Need) -> Tier:
         if not need.digest:
             return "disk"
-        if node in need.resident or (node in need.attached and self.ledger.has_ready(node, need.digest)):
+        if node in need.attached and self.ledger.has_ready(node, need.digest):
+            return "dram"
+        if node in need.resident and not self._displaced(node, need):
             return "dram"
         if node not in need.holders:
             return "remote"
         return "dram" if need.cached and estimate.is_cached(self.state.book, node, need.digest) else "disk"
+
+    def _displaced(self, node: str, need: Need) -> bool:
+        """Whether what others are reading there takes its place in DRAM, beside what is in use, before it is read."""
+        loading = self.ledger.loading_on(node)
+        if not any(other.load and other.tier != "dram" for other in loading) or node in need.attached:
+            return False
+        room = self.ledger.dram_mb(node)
+        return room is not None and self.ledger.attached_mb(node) + need.whole_mb - need.alone_mb > room
 
     def _awaited(self, missing: Sequence[Layer], here: Sequence[Instance]) -> float:
         """Seconds of making those layers that starts on the node have behind them."""

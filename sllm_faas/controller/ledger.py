@@ -293,6 +293,15 @@ class Ledger:
         known = self.state.nodes.get(node)
         return known.stats.pinned if known is not None and known.stats is not None else {}
 
+    def dram_mb(self, node: str) -> int | None:
+        """What the node's DRAM tier may hold; None: not known."""
+        known = self.state.nodes.get(node)
+        return known.stats.dram_mb if known is not None and known.stats is not None else None
+
+    def attached_mb(self, node: str) -> int:
+        """Of the checkpoints that instances there share or soon will, each once."""
+        return self._attached_mb.get(node, 0)
+
     def attached(self, digest: str) -> Collection[str]:
         """Nodes where an instance has the checkpoint attached, or soon will."""
         return self._attached.get(digest, ())

@@ -391,6 +391,8 @@ class NodeStats:
     """Keys of the warmth layers that exist there (`sllm_faas.layers`); None: it does not tell."""
     pinned: dict[str, int] = field(default_factory=dict)
     """digest -> MiB in its DRAM tier that stay there whatever else needs memory."""
+    dram_mb: int | None = None
+    """What its DRAM tier may hold; None: it does not tell."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

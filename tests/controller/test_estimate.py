@@ -91,6 +91,7 @@ def test_where_the_page_cache_most_often_has_it_is_learned_by_node():
     e.learn_cached(book, "n", "d", "disk")
     assert book == {}
     for tier in ("dram", "disk", "dram"):
+        assert not e.is_cached(book, "n", "d")
         e.learn_cached(book, "n", "d", tier)
     assert e.is_cached(book, "n", "d")
     assert e.ever_cached(book, "d")

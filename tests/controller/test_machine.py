@@ -667,8 +667,9 @@ def test_the_cap_of_an_app_is_shared_out_between_the_gateways_there_are():
     assert caps == [{5}, {2}, {5}]
 
 
-def test_only_a_start_that_reads_waits_for_the_reads_before_it():
-    """What is in DRAM is attached, whatever the disk is busy with."""
+@pytest.mark.parametrize(("dram_mb", "third"), [(None, ("dram", 0.0)), (3000, ("dram", 0.0)), (2500, ("disk", 2.0))])
+def test_only_a_start_that_reads_waits_for_the_reads_before_it(dram_mb: int | None, third: tuple[str, float]):
+    """What is in DRAM is attached, whatever the disk is busy with; unless what is read now takes its place there."""
     machine = Machine("abc")
     specs = [llm(name, memory_mb=100) for name in ("a", "b", "c")]
     digests = {spec.name: digest(spec.name.encode()) for spec in specs}
@@ -677,11 +678,11 @@ def test_only_a_start_that_reads_waits_for_the_reads_before_it():
     machine.handle(ev.GatewayUp("g", "1"), 0.0)
     info = NodeInfo("n", "ipc:///n", memory_mb=50_000, bandwidth={"disk": 1e9}, checkpoints=tuple(digests.values()))
     machine.handle(ev.NodeUp(info, "1"), 0.0)
-    machine.handle(ev.NodeStatsSeen("n", NodeStats(50_000, 50_000, 0, (digests["c"],))), 0.0)
+    machine.handle(ev.NodeStatsSeen("n", NodeStats(50_000, 50_000, 0, (digests["c"],), dram_mb=dram_mb)), 0.0)
     for name in "abc":
         machine.handle(ev.DemandSeen("g", (TargetDemand(Target("app", name, 1), 1, 0),)), 0.0)
     queued = {i.target.function: (i.tier, i.queued) for i in machine.state.instances.values()}
-    assert queued == {"a": ("disk", 0.0), "b": ("disk", 1.0), "c": ("dram", 0.0)}
+    assert queued == {"a": ("disk", 0.0), "b": ("disk", 1.0), "c": third}
 
 
 def test_a_start_is_timed_and_the_next_one_predicted_by_it():
