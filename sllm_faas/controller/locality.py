@@ -8,7 +8,7 @@ Invariant (`validate`): the maps are exactly what a scan of the nodes would give
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from sllm_faas.controller.model import Node
 
@@ -38,9 +38,10 @@ class Locality:
         """Nodes where that warmth layer exists."""
         return self._layers.get(key, NOWHERE)
 
-    def beside(self, node: Node) -> Collection[str]:
-        """Nodes of its machine, itself included: they share cores and disk."""
-        return self._hosts[node.info.host] if node.info.host else (node.name,)
+    def beside(self, node: Node) -> Sequence[str]:
+        """Nodes of its machine, itself included: they share cores and disk. In order of name, so that what is added up
+        over them is always the same number."""
+        return sorted(self._hosts[node.info.host]) if node.info.host else (node.name,)
 
     # -- changes ---------------------------------------------------------------------------------------------
 

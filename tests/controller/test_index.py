@@ -1,4 +1,4 @@
-"""The index of nodes: always in step, and what it yields first is the best there is."""
+"""The index of nodes: always in step, and what it yields first is the best there is. The nodes of a machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_faas.controller.index import NodeIndex, Row
+from sllm_faas.controller.locality import Locality
+from sllm_faas.controller.model import Node
 from sllm_faas.controller.placement import Idle, cheapest
+from sllm_faas.wire.messages import NodeInfo
 
 rows = st.builds(
     Row, st.sampled_from([1e9, 2e9, 4e9]), st.integers(0, 4), st.integers(0, 5000), st.sampled_from([0.0, 1.0, 2.5])
@@ -31,6 +34,12 @@ def test_whatever_changed_it_yields_all_that_fit_the_fastest_first(history, gpus
     speeds = [known[name].bandwidth for name in found]
     assert speeds == sorted(speeds, reverse=True)
     assert all(index.fits(name, gpus, mb) for name in found)
+
+
+def test_the_nodes_of_a_machine_are_told_in_one_order_whatever_order_they_came_in():
+    names = [f"n{number:02d}" for number in range(20)]
+    nodes = {name: Node(name, "up", 0.0, NodeInfo(name, "ipc:///x", host="m")) for name in reversed(names)}
+    assert list(Locality(nodes).beside(nodes["n07"])) == names
 
 
 def test_a_walk_ends_after_its_steps():
