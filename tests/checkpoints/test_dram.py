@@ -103,6 +103,16 @@ def test_a_checkpoint_is_read_once_and_then_found(make, objects):
     assert tier.opened == [a.digest]
 
 
+def test_slabs_that_a_read_had_to_fault_are_made_ready_behind_it(make, objects, monkeypatch):
+    tier, a = make(4), objects[0]
+    warmed: list[int] = []
+    monkeypatch.setattr(tier.tier.pool, "warm", lambda slab: warmed.append(slab.number))
+    tier.have(a, "1")
+    residence = tier.tier.book.find(a.digest)
+    assert residence is not None
+    assert set(residence.slabs) <= set(warmed)
+
+
 def test_those_who_ask_while_it_is_read_share_the_read(make, objects):
     tier, a = make(4, gated=True), objects[0]
     assert tier.open(a, "1") is tier.open(a, "2", priority=7)

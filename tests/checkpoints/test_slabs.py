@@ -57,6 +57,22 @@ def test_a_slab_faulted_ahead_is_whole_in_memory_empty_and_in_huge_pages_or_none
     assert not any(slab.view)
 
 
+def test_a_filled_slab_under_a_reader_is_made_of_huge_pages_and_keeps_its_bytes(pool):
+    slab = created(pool)
+    slab.view[:] = (wanted := os.urandom(SLAB))
+    pool.seal(slab.number)
+    reader = map_slabs([slab.fd], SLAB, SLAB)
+    view = memoryview(reader.buffer).cast("B")
+    try:
+        view[:4] = b"mine"  # a copy of the reader's own, which nobody takes from it
+        enlarge(slab, SLAB)
+        assert bytes(slab.view) == wanted
+        assert bytes(view) == b"mine" + wanted[4:]
+    finally:
+        view.release()
+        reader.unmap()
+
+
 def test_a_slab_that_was_let_go_of_is_faulted_by_nobody(pool):
     slab = created(pool)
     pool.drop(slab.number)

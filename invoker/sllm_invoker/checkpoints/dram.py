@@ -267,6 +267,8 @@ class DramTier:
         if load.residence is not None:
             if error is None:
                 self.book.filled(load.residence.number)
+                for slab in self.slabs(load.residence):
+                    self.pool.warm(slab)  # what the read itself had to fault is in small pages
             else:
                 self.book.abandon(load.residence.number)
         if report is not None and report.seconds > 0:

@@ -4,8 +4,9 @@ First touch of fresh memory costs about a CPU-second per GiB, so one thread of l
 will be needed (`warm`); what is missing then is faulted by whoever needs it. Nobody can change a slab's size, and one
 that readers see is sealed: they can map it private only (F_SEAL_FUTURE_WRITE). Before that, an ingest may have it to
 fill. What is faulted ahead is in huge pages
-wherever the kernel can make them, whatever its defaults say: readers then map 2 MiB at a time. Not here: who holds a
-slab (`slab_book`). Invariant: no more than `limit` slabs are made.
+wherever the kernel can make them, whatever its defaults say: readers then map 2 MiB at a time. What was filled before
+that is made of them afterwards, with what is in it, also under its readers. Not here: who holds a slab (`slab_book`).
+Invariant: no more than `limit` slabs are made.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class SlabPool:
         self.slabs: dict[int, Slab] = {}
         self._numbers = 0
         self._cold: deque[Slab] = deque()
+        self._large: set[int] = set()
+        """In huge pages from end to end."""
         self._unsealed: set[int] = set()
         self._changed = threading.Condition()
         self._closing = False
@@ -77,10 +80,12 @@ class SlabPool:
         return f"<{len(self.slabs)} of {self.limit} slabs of {self.slab_bytes} bytes>"
 
     def warm(self, slab: Slab) -> None:
-        """Fault it in the background. It may be used meanwhile: whoever comes first to a page faults it."""
+        """Fault it and have it in huge pages, in the background. It may be used meanwhile: whoever comes first to a
+        page faults it, and its bytes stay what they are."""
         with self._changed:
-            self._cold.append(slab)
-            self._changed.notify()
+            if slab.number not in self._large and slab not in self._cold:
+                self._cold.append(slab)
+                self._changed.notify()
 
     def create(self) -> Slab | None:
         """A new slab, not faulted; None at the limit. Raises StorageFull when the system has no memory for it."""
@@ -120,6 +125,7 @@ class SlabPool:
         slab = self.slabs.pop(number)
         self._unsealed.discard(number)
         with self._changed:
+            self._large.discard(number)
             if slab in self._cold:
                 self._cold.remove(slab)
         os.close(slab.fd)
@@ -152,7 +158,10 @@ class SlabPool:
                 if self._closing:
                     return
                 slab = self._cold.popleft()
-            enlarge(slab, self.slab_bytes, lambda: self._closing)
+            large = enlarge(slab, self.slab_bytes, lambda: self._closing)
+            with self._changed:
+                if large and slab.number in self.slabs:
+                    self._large.add(slab.number)
 
 
 def fault(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> None:
@@ -163,15 +172,18 @@ def fault(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> No
             return
 
 
-def enlarge(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> None:
-    """`fault`, in huge pages as far as the kernel makes them when it is asked outright (Linux 6.1). It takes a page to
-    begin with, one of each; what is being read into stays as it is."""
+def enlarge(slab: Slab, size: int, stop: Callable[[], bool] = lambda: False) -> bool:
+    """`fault`, in huge pages as far as the kernel makes them when it is asked outright (Linux 6.1); whether all of it
+    is. It takes a page to begin with, one of each; what is being read into stays as it is."""
     assert slab.map is not None
+    whole = True
     for start in range(slab.map.address, slab.map.address + size, HUGE_STEP):
         if stop():
-            return
+            return False
         length = min(HUGE_STEP, slab.map.address + size - start)
         for first in range(start, start + length, HUGE_PAGE):
             advise(first, mmap.PAGESIZE, MADV_POPULATE_WRITE)
         if not advise(start, length, MADV_COLLAPSE):
             advise(start, length, MADV_POPULATE_WRITE)
+            whole = False
+    return whole
