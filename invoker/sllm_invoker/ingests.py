@@ -25,6 +25,7 @@ import msgspec
 
 from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
 from sllm_faas.spec import CheckpointSpec
+from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
 
@@ -46,6 +47,8 @@ class Ingests:
         self._scratch = scratch
         self._feed = feed
         self._running: dict[tuple[str, ...], tuple[asyncio.Task[str], list[Report]]] = {}
+        self._verified: dict[str, CheckpointObject] = {}
+        """Objects that were found verified in this life, by digest."""
 
     def largest(self) -> int:
         """Bytes of the largest checkpoint on this node."""
@@ -82,8 +85,14 @@ class Ingests:
     async def ready(self, checkpoint: CheckpointSpec, report: Report, *, base: str = "") -> Path:
         """The verified object's directory; its source is ingested when this node has not got it yet.
 
+        One that was ready before and has not changed is so at once, in the order of asking: what starts later takes
+        nothing out of memory that an earlier start was to find there.
+
         Raises CheckpointUnavailable, CheckpointCorrupt …"""
         digest = checkpoint.digest
+        known = self._verified.get(digest)
+        if known is not None and self.store.is_verified(known):
+            return known.directory
         if not digest:
             digest, _ = await self.bring(checkpoint, "", report, base=base)
         elif not self.store.path(digest).is_dir():
@@ -93,7 +102,9 @@ class Ingests:
                     f"{checkpoint.source!r} is {found[:12]} on this node, and the version needs {digest[:12]}.",
                     hint="The source has changed; deploy again, or give a revision.",
                 )
-        return (await asyncio.to_thread(self.store.ensure_verified, digest)).directory
+        found_here = await asyncio.to_thread(self.store.ensure_verified, digest)
+        self._verified[found_here.digest] = found_here
+        return found_here.directory
 
     async def _ingest(
         self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str, *, forward: bool

@@ -154,12 +154,14 @@ class CheckpointStore:
     def ensure_verified(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
         """`verify` unless these very files were verified here before; call it before the first attach."""
         checkpoint = self.get(ref)
+        return checkpoint if self.is_verified(checkpoint) else self.verify(checkpoint.digest, progress)
+
+    def is_verified(self, checkpoint: CheckpointObject) -> bool:
+        """Whether these very files were verified here before. A few system calls: the manifest is not read again."""
         try:
-            if (self.root / "verified" / checkpoint.digest).read_text() == _stat_line(checkpoint):
-                return checkpoint
+            return (self.root / "verified" / checkpoint.digest).read_text() == _stat_line(checkpoint)
         except FileNotFoundError:
-            pass
-        return self.verify(checkpoint.digest, progress)
+            return False
 
     # -- for ingest ------------------------------------------------------------------------------------------
 
