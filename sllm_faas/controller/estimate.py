@@ -220,9 +220,8 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
     stall = 0.0
     read, attach = spans.get("checkpoint"), spans.get("attach")
     if start.size and read is not None:
-        rate = start.size / max(finished.read_seconds, AT_ONCE)
         if finished.read_bytes or start.tier == "dram":
-            _learn_rate(book, start, start.tier, rate)
+            _learn_rate(book, start, start.tier, finished.read_seconds)
         end = read.start + read.seconds
         if attach is not None:
             stall = max(0.0, end - max(attach.start, read.start))
@@ -231,13 +230,16 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
                 _mix(book, f"tail|{name}", max(0.0, finished.actual - end))
     pulled = spans["pull"].seconds if "pull" in spans else 0.0
     if start.size and pulled > 0:
-        _learn_rate(book, start, "remote", start.size / pulled)
+        _learn_rate(book, start, "remote", pulled)
     _learn_own(book, start, max(0.0, finished.actual - making - stall - pulled), stall >= STALLED)
 
 
-def _learn_rate(book: Book, start: Start, tier: Tier, rate: float) -> None:
+def _learn_rate(book: Book, start: Start, tier: Tier, seconds: float) -> None:
+    """What took no time says nothing of other sizes."""
+    rate = start.size / max(seconds, AT_ONCE)
     _mix(book, f"rate|{start.node}|{tier}|{_class(start.size)}", rate)
-    _mix(book, f"rate|{start.node}|{tier}", rate)
+    if seconds >= AT_ONCE:
+        _mix(book, f"rate|{start.node}|{tier}", rate)
 
 
 def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:

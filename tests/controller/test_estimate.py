@@ -57,6 +57,14 @@ def test_one_start_that_is_far_off_moves_little_once_there_are_several():
     assert total(book, PLAIN) - before < 0.2
 
 
+def test_a_read_that_took_no_time_tells_how_fast_others_of_its_size_are_and_nothing_of_larger_ones():
+    book: e.Book = {}
+    small = replace(MODEL, tier="dram", size=1_000_000)
+    learn(book, small, 0.05, Span("checkpoint", 0.0, 0.0))
+    assert e.bandwidth(book, {}, "n", "dram", small.size) == pytest.approx(1e9)
+    assert e.bandwidth(book, {}, "n", "dram", MODEL.size) == e.BANDWIDTH["dram"]
+
+
 def test_a_change_for_good_is_followed():
     book: e.Book = {}
     for actual in [1.0] * 20 + [3.0] * 30:
