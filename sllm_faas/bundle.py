@@ -7,7 +7,9 @@ new directory, or nothing at all.
 Left out by default: version control, environments, caches, keys and credentials (`DEFAULT_IGNORES`). A file
 `.sllmignore` in the root adds to that, one pattern a line, a subset of gitignore: `#` comment, `!` takes back,
 a trailing `/` means directories, a `/` elsewhere anchors to the root, `*` and `?` stay within a name, `[a-z]`,
-`**` crosses directories; the last match wins, and nothing comes back out of an ignored directory.
+`**` crosses directories; the last match wins, and nothing comes back out of an ignored directory. A directory that
+keeps all of itself out of version control (`*` is its `.gitignore`), as caches, environments and a platform's state
+directory do, is left out too.
 
 Empty directories are not kept; links within the tree become what they point to; links out of it are refused.
 """
@@ -153,11 +155,22 @@ def _walk(
         if path.is_dir():
             if path in above:
                 raise BadSpec(f"{name} is a link to a directory above it; allowed: trees without loops.")
+            if keeps_out(path):
+                continue
             yield from _walk(top, path, name + "/", ignore, (*above, path))
         elif path.is_file():
             yield name, path
         else:
             raise BadSpec(f"{name} is neither a file nor a directory.", hint=f"Name it in {IGNORE_FILE}.")
+
+
+def keeps_out(directory: Path) -> bool:
+    """Whether it says of itself that nothing in it is source: its `.gitignore` is `*` and nothing else."""
+    try:
+        lines = (directory / ".gitignore").read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")] == ["*"]
 
 
 def _check_packable_name(name: str) -> None:

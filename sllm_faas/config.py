@@ -8,6 +8,7 @@ parts of one platform never disagree. Standard library only: everything imports 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -288,6 +289,9 @@ class Config:
         Raises Conflict when the run directory outside the state directory belongs to somebody else."""
         for directory in (self.state_dir, self.secrets_dir, self.keys_dir, self.bundles_dir, self.logs_dir):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # It may lie in a project, and holds tokens and keys: neither git nor `sllm deploy` takes them along.
+        with contextlib.suppress(FileExistsError), (self.state_dir / ".gitignore").open("x") as file:
+            file.write("*\n")
         self.run_dir.mkdir(exist_ok=True, mode=0o700)
         found = self.run_dir.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

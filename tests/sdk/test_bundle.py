@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sllm_faas import bundle
 from sllm_faas.bundle import Ignore, pack, unpack
+from sllm_faas.config import Config
 from sllm_faas.errors import BadSpec, SllmError, TooLarge
 from sllm_faas.spec import digest
 
@@ -122,6 +123,23 @@ def test_links_within_the_tree_become_files_and_links_out_of_it_are_refused(tmp_
     (root / "out.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(BadSpec, match=r"out\.txt is a link out of"):
         pack(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [("*\n", True), ("# made by a tool\n*\n", True), ("*.log\n", False), ("*\n!keep\n", False), ("", False)],
+)
+def test_a_directory_that_keeps_itself_out_of_version_control_is_left_out(tmp_path: Path, text: str, out: bool) -> None:
+    root = write(tmp_path, {"app.py": "x", "made/.gitignore": text, "made/deep/admin.token": "secret"})
+    os.mkfifo(root / "made" / "pipe") if out else None
+    assert ("made/deep/admin.token" in pack(root).files) is not out
+
+
+def test_a_platforms_state_directory_in_the_project_is_left_out(tmp_path: Path) -> None:
+    root = write(tmp_path, {"app.py": "x"})
+    for _ in range(2):
+        Config(state_dir=root / "state").prepare()
+    assert pack(root).files == ("app.py",)
 
 
 def test_a_link_loop_a_dangling_link_and_a_pipe_are_refused_unless_ignored(tmp_path: Path) -> None:
