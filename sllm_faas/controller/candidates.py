@@ -177,11 +177,15 @@ class Candidates:
             queue = max(0.0, min(map(_read, same)) - now)
             tier, size = same[0].tier, 1
             load = self._load(node, tier, 1)
-        making = max(0.0, making - self._awaited(need.layers[warmest + 1 :], here))
+        missing = need.layers[warmest + 1 :]
+        awaited = self._awaited(missing, here)
+        making = max(0.0, making - awaited)
         alone = need.known.estimate(warmth, tier, making, load, queue, pace)
         if alone.total <= 0:
             return alone
         at_once = 1.0 + sum(min(1.0, max(0.0, i.asked + i.predicted - now) / alone.total) for i in others)
+        if missing:
+            making = max(0.0, estimate.making_seconds(self.state.book, missing, at_once) - awaited)
         return need.known.estimate(warmth, tier, making, load, queue, pace, at_once)
 
     def _starting_beside(self, node: Node, but: str) -> list[Instance]:

@@ -17,8 +17,8 @@ what all functions showed. The book is a plain `dict[str, float]`: it is stored,
     own|app/function|N   own|=libs|N     seconds, N starts at once (1, 2, 4, 8 ...)
     slow||N                              how many times longer N at once take than one
     pace|node                            how many times longer than elsewhere it takes there
-    layer|key|first      layer|key   layer|warmth    seconds to make a layer; `first` of those a start makes: beside
-                                         its read, which a later one most often is not
+    layer|key|first      layer|key   layer|warmth    seconds to make a layer, a template by itself; `first` of those a
+                                         start makes: beside its read, which a later one most often is not
     rate|node|tier|size  rate|node|tier  bytes per second, by size class
     cached|node|digest                   part of the starts that found it in the page cache, of those for which the
                                          node had not said that it is in its DRAM tier; since the first that did
@@ -154,16 +154,17 @@ def known(book: Mapping[str, float], function: str, libs: str) -> Known:
 
 def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: Start, queue: float) -> Estimate:
     """Of one start by itself."""
-    making = max(0.0, making_seconds(book, start.missing) - start.awaited)
+    making = max(0.0, making_seconds(book, start.missing, start.at_once) - start.awaited)
     load = start.size / bandwidth(book, calibrated, start.node, start.tier, start.size) if start.size else 0.0
     pace = book.get(f"pace|{start.node}", 1.0)
     one = known(book, start.function, start.libs)
     return one.estimate(start.warmth, start.tier, making, load, queue, pace, start.at_once)
 
 
-def making_seconds(book: Mapping[str, float], layers: Sequence[Layer]) -> float:
+def making_seconds(book: Mapping[str, float], layers: Sequence[Layer], at_once: float = 1.0) -> float:
     """Of layers that follow each other, by a start that finds what the first of them is made from."""
-    return sum([_layer(book, layer, k == 0) for k, layer in enumerate(layers)])
+    crowd = _crowd(at_once)
+    return sum([_layer(book, layer, k == 0) * _slowed(book, layer.warmth, crowd) for k, layer in enumerate(layers)])
 
 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:
@@ -206,17 +207,19 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
         _mix(book, key, abs(finished.predicted - finished.actual))
     spans = {span.name: span for span in finished.timeline.spans}
     making = 0.0
-    for warmth in ("libs", "template"):
+    layers: tuple[Warmth, ...] = ("libs", "template")
+    for warmth in layers:
         span = spans.get(warmth)
         if span is not None:
             making += span.seconds
             key = next((layer.key for layer in start.missing if layer.warmth == warmth), "")
             if span.detail == "made":
-                _mix(book, f"layer|{warmth}", span.seconds)
+                alone = span.seconds / _slowed(book, warmth, _crowd(start.at_once))
+                _mix(book, f"layer|{warmth}", alone)
                 if key:
-                    _mix(book, f"layer|{key}", span.seconds)
+                    _mix(book, f"layer|{key}", alone)
                     if making == span.seconds:
-                        _mix(book, f"layer|{key}|first", span.seconds)
+                        _mix(book, f"layer|{key}|first", alone)
     stall = 0.0
     read, attach = spans.get("checkpoint"), spans.get("attach")
     if start.size and read is not None:
@@ -311,6 +314,12 @@ def _nearest(book: Mapping[str, float], prefix: str, crowd: int) -> tuple[int, f
 
 def _slowdown(book: Mapping[str, float], crowd: int) -> float:
     return 1.0 if crowd == 1 else book.get(f"slow||{crowd}", 1.0 + CROWDING * (crowd - 1))
+
+
+def _slowed(book: Mapping[str, float], warmth: Warmth, crowd: int) -> float:
+    """How many times longer a layer takes to make in such a crowd: each function makes its own template, but the
+    libraries are made by one start, for which the others wait."""
+    return _slowdown(book, crowd) if warmth == "template" else 1.0
 
 
 def _layer(book: Mapping[str, float], layer: Layer, first: bool) -> float:

@@ -93,6 +93,15 @@ def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
     assert 3.2 < e.making_seconds(book, (LIBS, TEMPLATE)) < 3.5
 
 
+def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_not():
+    book: e.Book = {"slow||4": 2.0}
+    crowd = replace(MODEL, warmth="base", missing=(LIBS, TEMPLATE), at_once=4.0)
+    learn(book, crowd, 4.0, Span("libs", 0.0, 3.0, "made"), Span("template", 3.0, 0.4, "made"))
+    assert e.making_seconds(book, (LIBS,)) == e.making_seconds(book, (LIBS,), 4.0) == pytest.approx(3.0)
+    assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.2)
+    assert e.making_seconds(book, (LIBS, TEMPLATE), 4.0) == pytest.approx(3.4)
+
+
 def test_where_the_page_cache_most_often_has_it_is_learned_by_node():
     book: e.Book = {}
     assert not e.is_cached(book, "n", "d")
