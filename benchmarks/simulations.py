@@ -2,8 +2,10 @@
 
 `paper`: the ServerlessLLM paper's cluster (4 servers x 4 GPUs), start-up times; `hydraserve`: HydraServe's two pools of
 servers and 384 models, kept promises. Every policy meets the same arrivals, seed by seed, so means are compared over
-the same seeds; the standard error beside is of the difference to ours, seed by seed. What a set-up assumes is printed
-with it.
+the same seeds; the standard error beside is of the difference to ours, seed by seed. Two policies that differ in a
+thousandth of a second here and there come out seconds apart for one seed, this way or that: ours and ServerlessLLM's
+are compared over many, and one is worse when it is so by more than two standard errors. What a set-up assumes is
+printed with it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 from benchmarks.common import Report, arguments, table
@@ -23,6 +26,9 @@ from sllm_faas.sim.scenario import Scenario
 from sllm_faas.sim.simulation import Simulation
 
 SEEDS = 8
+MANY = 48
+"""Seeds for those that are compared with each other: a standard error of about one per cent."""
+COMPARED = ("ours", "serverlessllm")
 PAPER_RATE = 1.4
 """Requests a second at which the paper reports its factors over its baselines (assumed)."""
 BASELINES = ("availability", "preempt")
@@ -34,11 +40,17 @@ Runs = dict[tuple[float, str], list[Result]]
 
 
 def simulate(scenario: Scenario, rates: Sequence[float], policies: Sequence[str], seeds: int) -> Runs:
-    return {
-        (rate, policy): [Simulation(scenario.at(rate), policy, seed).run() for seed in range(seeds)]
-        for rate in rates
-        for policy in policies
-    }
+    cells = [(rate, policy) for rate in rates for policy in policies]
+    with ProcessPoolExecutor() as pool:
+        futures = {
+            (rate, policy): [pool.submit(_run, scenario.at(rate), policy, seed) for seed in range(seeds)]
+            for rate, policy in cells
+        }
+        return {cell: [future.result() for future in futures[cell]] for cell in cells}
+
+
+def _run(scenario: Scenario, policy: str, seed: int) -> Result:
+    return Simulation(scenario, policy, seed).run()
 
 
 def p99s(results: Sequence[Result]) -> list[float]:
@@ -102,12 +114,21 @@ def paper(report: Report, quick: bool) -> None:
     for policy in BASELINES:
         factor = mean(p99s(runs[PAPER_RATE, policy])) / best
         report.at_least(f"paper: p99 start-up of {policy} / ours at {PAPER_RATE:g}/s", factor, FACTOR)
+    compare(scenario, rates, 3 if quick else MANY, report)
+
+
+def compare(scenario: Scenario, rates: Sequence[float], seeds: int, report: Report) -> None:
+    """Ours is to be no worse than ServerlessLLM's policy at any rate."""
+    runs, rows = simulate(scenario, rates, COMPARED, seeds), []
     for rate in rates:
-        ours, theirs = (p99s(runs[rate, policy]) for policy in ("ours", "serverlessllm"))
+        ours, theirs = (p99s(runs[rate, policy]) for policy in COMPARED)
         noise = error([b - a for a, b in zip(ours, theirs, strict=True)]) / mean(theirs) if mean(theirs) else 0.0
         ratio = mean(ours) / mean(theirs) if mean(theirs) else 1.0
+        rows.append((rate, f"{mean(ours):.2f}", f"{mean(theirs):.2f}", f"{ratio:.4f} ± {noise:.4f}"))
         report.figure(f"paper_noise_{rate:g}", noise)
-        report.at_most(f"paper: p99 start-up of ours / serverlessllm at {rate:g}/s", ratio, 1.0 + noise)
+        report.at_most(f"paper: p99 start-up of ours / serverlessllm at {rate:g}/s", ratio, 1.0 + 2.0 * noise)
+    print(f"\np99 start-up over {seeds} seeds:")
+    table(("rate", "ours, s", "serverlessllm, s", "ours / serverlessllm"), rows)
 
 
 def hydraserve(report: Report, quick: bool) -> None:
@@ -116,7 +137,7 @@ def hydraserve(report: Report, quick: bool) -> None:
         scenario = replace(PRESETS[f"hydraserve-cv{cv}"], seconds=900.0 if quick else 1800.0)
         if not rows:
             assumed(scenario)
-        runs = simulate(scenario, scenario.rates[:1] if quick else scenario.rates, ("ours", "serverlessllm"), 2)
+        runs = simulate(scenario, scenario.rates[:1] if quick else scenario.rates, COMPARED, 2)
         for (rate, policy), results in runs.items():
             kept = 100 * mean([result.slo or 0.0 for result in results])
             ttft = mean([result.ttft["p99"] for result in results])
@@ -129,10 +150,10 @@ def hydraserve(report: Report, quick: bool) -> None:
 def main() -> int:
     options = arguments(__doc__).parse_args()
     report = Report("simulations")
-    began = time.process_time()
+    began = time.monotonic()
     paper(report, options.quick)
     hydraserve(report, options.quick)
-    report.figure("cpu_s", time.process_time() - began)
+    report.figure("seconds", time.monotonic() - began)
     return report.finish(options.json)
 
 
