@@ -67,13 +67,22 @@ def backoff(failures: int) -> float:
 
 
 def note_peak(peaks: Sequence[Peak], now: float, before: int, window: float) -> list[Peak]:
-    """The peaks after `before` stopped being the desired number at `now`; older and lower ones tell nothing more."""
-    return [(until, value) for until, value in peaks if value > before and until + window > now] + [(now, before)]
+    """The peaks after `before` stopped being the desired number at `now`; older and lower ones tell nothing more. So
+    they are in order of time, and each is lower than the one before."""
+    first, end = 0, len(peaks)
+    while end and peaks[end - 1][1] <= before:
+        end -= 1
+    while first < end and peaks[first][0] + window <= now:
+        first += 1
+    return [*peaks[first:end], (now, before)]
 
 
 def held(peaks: Iterable[Peak], now: float, current: int, window: float) -> int:
     """The highest desired number within the last `window` seconds, the current one included."""
-    return max([current, *(value for until, value in peaks if until + window > now)])
+    for until, value in peaks:
+        if until + window > now:
+            return max(current, value)  # the first is the highest
+    return current
 
 
 def spare(count: int, least: int) -> int:

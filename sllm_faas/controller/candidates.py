@@ -37,12 +37,13 @@ FEW = 48
 class Need(NamedTuple):
     """What one more instance of a target needs, and who has what of it: looked up once for all nodes.
 
-    `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`: elsewhere. `layers` from the base to
-    the warmest; `layered`: nodes that have each; `making`: seconds to make all beyond the k-th, as asked for; `cached`:
-    some node had the checkpoint in its page cache.
+    `own`: the instances it has; `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`:
+    elsewhere. `holding`: nodes where an instance has it in memory. `layers` from the base to the warmest; `layered`:
+    nodes that have each; `making`: seconds to make all beyond the k-th, as asked for; `cached`: some node had the
+    checkpoint in its page cache.
     """
 
-    target: Target
+    own: Collection[str]
     known: estimate.Known
     digest: str
     bytes: int
@@ -50,6 +51,7 @@ class Need(NamedTuple):
     whole_mb: int
     gpus: int
     attached: Collection[str]
+    holding: Collection[str]
     resident: Collection[str]
     holders: Collection[str]
     layers: tuple[Layer, ...]
@@ -59,10 +61,11 @@ class Need(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the book says of a node, looked up once until it learns more: its pace, and by tier and bytes the seconds
-    to read so many."""
+    """What the book says of a node, looked up once until it learns more: its pace, the bytes per second of its disk,
+    and by tier and bytes the seconds to read so many."""
 
     pace: float
+    speed: float
     load: dict[tuple[Tier, int], float]
 
 
@@ -81,16 +84,16 @@ class Candidates:
     def of(self, target: Target, spec: FunctionSpec, *, movable: bool = True) -> list[Candidate]:
         """The nodes worth considering for one more instance; with `movable`, also what could move away there."""
         self._refresh()
-        need = self._need(target, spec)
+        need, movable = self._need(target, spec), movable and self.migrate
         if self._whole:
-            return [self._one(node, need, movable=movable) for node in self.ledger.open_nodes()]
+            return [self._one(node, need, movable) for node in self.ledger.open_nodes()]
         nodes = self.state.nodes
-        return [self._one(nodes[name], need, movable=movable) for name in self._shortlist(need)]
+        return [self._one(nodes[name], need, movable) for name in self._shortlist(need)]
 
     def one(self, node: Node, target: Target, spec: FunctionSpec) -> Candidate:
         """The node as it is for the target."""
         self._refresh()
-        return self._one(node, self._need(target, spec))
+        return self._one(node, self._need(target, spec), self.migrate)
 
     def guess(self, node: Node, target: Target, spec: FunctionSpec, but: str = "") -> estimate.Estimate:
         """How long one more instance would take to start there; `but`: the one it is, if it has been commanded."""
@@ -114,7 +117,7 @@ class Candidates:
         digest = spec.checkpoint.digest if spec.checkpoint else ""
         layers = path(spec, digest)
         return Need(
-            target,
+            ledger.ids_of(key_of(target)),
             estimate.known(book, f"{target.app}/{target.function}", libs_of(layers)),
             digest,
             self.state.sizes.get(digest, 0),
@@ -122,35 +125,34 @@ class Candidates:
             spec.memory_mb + ledger.size_mb(digest),
             spec.gpus,
             ledger.attached(digest),
+            ledger.holding(digest),
             where.resident(digest),
             where.holders(digest),
             layers,
             tuple([where.layered(layer.key) for layer in layers]),
-            {},
+            {len(layers) - 1: 0.0},
             bool(digest) and estimate.ever_cached(book, digest),
         )
 
-    def _one(self, node: Node, need: Need, *, movable: bool = True) -> Candidate:
+    def _one(self, node: Node, need: Need, movable: bool) -> Candidate:
         name, info = node.name, node.info
         row = self._free.rows.get(name) or self._row(node)[0]  # a cordoned node is in no index
+        # Where the checkpoint is in memory for good already, one more instance takes no more for it.
+        counted = name in need.attached or (node.stats is not None and need.digest in node.stats.pinned)
         return Candidate(
             name,
-            need.alone_mb if self._counted(name, need) else need.whole_mb,
+            need.alone_mb if counted else need.whole_mb,
             row.mb if info.memory_mb else None,
             info.memory_mb,
             row.freeing_mb,
             self._guess(node, need),
-            lambda: self._idle(node, need.target),
+            lambda: self._idle(node, need.own),
             need.gpus,
             row.gpus,
             info.gpus,
             row.freeing_gpus,
-            (lambda limit: self._movable(node, need.target, limit)) if self.migrate and movable else nothing,
+            (lambda limit: self._movable(node, need.own, limit)) if movable else nothing,
         )
-
-    def _counted(self, node: str, need: Need) -> bool:
-        """Whether the checkpoint's memory there is in use already, with or without one more instance."""
-        return node in need.attached or (bool(need.digest) and need.digest in self.ledger.pinned(node))
 
     # -- estimates -------------------------------------------------------------------------------------------
 
@@ -159,13 +161,15 @@ class Candidates:
         warmest = len(layered) - 1
         while warmest and name not in layered[warmest]:
             warmest -= 1
-        warmth, making = need.layers[warmest].warmth, self._making(need, warmest)
+        warmth, making = need.layers[warmest].warmth, need.making.get(warmest)
+        if making is None:
+            making = need.making[warmest] = estimate.making_seconds(self.state.book, need.layers[warmest + 1 :])
         tier, size = self._tier(name, need), need.bytes
-        pace, loads = self._facts.get(name) or self._look_up(name)
-        load = (loads.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
-        others = self._starting_beside(node, but)
+        facts = self._facts.get(name) or self._look_up(node)
+        load = (facts.load.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
+        others = self._starting_beside(node, but) if node.info.host or self.ledger.loading_on(name) else ()
         if not others:
-            return need.known.estimate(warmth, tier, making, load, 0.0, pace)
+            return need.known.estimate(warmth, tier, making, load, 0.0, facts.pace)
         now = self.ledger.now
         queue = 0.0
         if tier != "dram":  # that is no read: it waits for none
@@ -180,48 +184,37 @@ class Candidates:
         missing = need.layers[warmest + 1 :]
         awaited = self._awaited(missing, here)
         making = max(0.0, making - awaited)
-        alone = need.known.estimate(warmth, tier, making, load, queue, pace)
+        alone = need.known.estimate(warmth, tier, making, load, queue, facts.pace)
         if alone.total <= 0:
             return alone
         at_once = 1.0 + sum(min(1.0, max(0.0, i.asked + i.predicted - now) / alone.total) for i in others)
         if missing:
             making = max(0.0, estimate.making_seconds(self.state.book, missing, at_once) - awaited)
-        return need.known.estimate(warmth, tier, making, load, queue, pace, at_once)
+        return need.known.estimate(warmth, tier, making, load, queue, facts.pace, at_once)
 
     def _starting_beside(self, node: Node, but: str) -> list[Instance]:
         ledger = self.ledger
-        if not node.info.host:  # as nearly always: a machine of its own
-            loading = ledger.loading_on(node.name)
-            return [i for i in loading if i.id != but] if loading else []
         return [i for name in ledger.where.beside(node) for i in ledger.loading_on(name) if i.id != but]
 
-    def _look_up(self, node: str) -> Facts:
-        facts = self._facts[node] = Facts(self.state.book.get(f"pace|{node}", 1.0), {})
+    def _look_up(self, node: Node) -> Facts:
+        book, name = self.state.book, node.name
+        speed = estimate.bandwidth(book, node.info.bandwidth, name, "disk")
+        facts = self._facts[name] = Facts(book.get(f"pace|{name}", 1.0), speed, {})
         return facts
 
     def _load(self, node: Node, tier: Tier, size: int) -> float:
         """Seconds to read so many bytes from there, if nothing else reads."""
-        loads = (self._facts.get(node.name) or self._look_up(node.name)).load
+        loads = (self._facts.get(node.name) or self._look_up(node)).load
         found = loads.get((tier, size))
         if found is None:
             rate = estimate.bandwidth(self.state.book, node.info.bandwidth, node.name, tier, size)
             found = loads[tier, size] = size / rate
         return found
 
-    def _making(self, need: Need, warmest: int) -> float:
-        """Seconds to make the layers beyond that one."""
-        missing = need.layers[warmest + 1 :]
-        if not missing:
-            return 0.0
-        found = need.making.get(warmest)
-        if found is None:
-            found = need.making[warmest] = estimate.making_seconds(self.state.book, missing)
-        return found
-
     def _tier(self, node: str, need: Need) -> Tier:
         if not need.digest:
             return "disk"
-        if node in need.attached and self.ledger.has_ready(node, need.digest):
+        if node in need.holding:
             return "dram"
         if node in need.resident and not self._displaced(node, need):
             return "dram"
@@ -249,14 +242,14 @@ class Candidates:
 
     # -- one node --------------------------------------------------------------------------------------------
 
-    def _idle(self, node: Node, target: Target) -> list[Idle]:
-        """Ready instances on the node beyond what their own target wants at this moment."""
+    def _idle(self, node: Node, own: Collection[str]) -> list[Idle]:
+        """Ready instances on the node beyond what their target wants at this moment, and not of one's own."""
+        ledger, now = self.ledger, self.ledger.now
         found = []
-        for instance in self.ledger.spare_on(node.name):
-            if instance.state == "ready" and instance.target != target and not self.ledger.replacement(instance.id):
-                memory = self.ledger.gives_back([instance])
+        for instance in ledger.spare_on(node.name):
+            if instance.state == "ready" and instance.id not in own and not ledger.replacement(instance.id):
+                memory = ledger.gives_back([instance])
                 cost = self._again(node, instance)
-                now = self.ledger.now
                 idle = max(0.0, now - (now if instance.spare is None else instance.spare))
                 rests = max(0.0, (instance.ready or 0.0) + SERVES * (instance.actual or 0.0) - now)
                 found.append(Idle(instance.id, memory, idle, instance.gpus, cost, rests))
@@ -269,22 +262,24 @@ class Candidates:
             return took
         return min(took, self._load(node, "dram", instance.size))
 
-    def _movable(self, node: Node, target: Target, limit: float) -> list[Movable]:
-        """Ready instances on the node, those with the least context first, each with the best node with room for it;
-        not those that would take `limit` seconds or more."""
+    def _movable(self, node: Node, own: Collection[str], limit: float) -> list[Movable]:
+        """Ready instances on the node that are not one's own, those with the least context first, each with the best
+        node with room for it; not those that would take `limit` seconds or more."""
         ledger, moves, latest = self.ledger, self.state.moves, self.ledger.now - RESIDENCY
         ready = [
-            instance
+            (instance.tokens, instance.seq, instance)
             for instance in ledger.on_node(node.name)
             if instance.state == "ready"
             and instance.ready is not None
             and instance.ready <= latest
             and instance.id not in moves
-            and instance.target != target
+            and instance.id not in own
         ]
-        ready.sort(key=_least_context)
+        ready.sort()
         found = []
-        for instance in ready if self._whole else ready[:EACH]:
+        anew: dict[str, tuple[float, str]] = {}
+        """By target: often several on a node are of one."""
+        for _, _, instance in ready if self._whole else ready[:EACH]:
             spec = ledger.function(instance.target)
             if spec is None or not can_move(spec):
                 continue
@@ -292,26 +287,33 @@ class Candidates:
             seconds = move_times.seconds(self.state.book, function, instance.tokens)
             if seconds >= limit:
                 continue  # wherever it could go
-            there = [(0.0, other.node) for other in self._roomy_others(instance)]
-            start, to = min(there) if there else self._destination(node, self._need(instance.target, spec))
+            key = key_of(instance.target)
+            there = self._roomy_other(key, instance)
+            if there is None:
+                there = anew.get(key)
+                if there is None:
+                    there = anew[key] = self._destination(node, self._need(instance.target, spec))
+            start, to = there
             if start + seconds < limit or limit == inf:
                 found.append(Movable(instance.id, ledger.gives_back([instance]), instance.gpus, to, start + seconds))
         return found
 
-    def _roomy_others(self, instance: Instance) -> list[Instance]:
-        """Ready instances of its target elsewhere that could take in all that runs in it, if the target can do with one
-        less: else it would want its room back from whoever got it, by turns."""
-        if not self.ledger.has_spare(key_of(instance.target)):
-            return []
-        return [
-            other
-            for other in self.ledger.instances_of(key_of(instance.target))
+    def _roomy_other(self, key: str, instance: Instance) -> tuple[float, str] | None:
+        """In no time, and the first node where a ready instance of its target could take in all that runs in it, if the
+        target can do with one less: else it would want its room back from whoever got it, by turns."""
+        if not self.ledger.has_spare(key):
+            return None
+        nodes, moves, slots = self.state.nodes, self.state.moves, max(1, instance.running)
+        names = [
+            other.node
+            for other in self.ledger.instances_of(key)
             if other.state == "ready"
+            and other.concurrency - other.running >= slots
             and other.node != instance.node
-            and not self.state.nodes[other.node].cordoned
-            and other.id not in self.state.moves
-            and other.concurrency - other.running >= max(1, instance.running)
+            and other.id not in moves
+            and not nodes[other.node].cordoned
         ]
+        return (0.0, min(names)) if names else None
 
     def _destination(self, node: Node, need: Need) -> tuple[float, str]:
         """Where it would start soonest beside the node, and in how many seconds; infinite and empty: nowhere."""
@@ -355,8 +357,10 @@ class Candidates:
         """Another node where the checkpoint is nearest, or else one of all, with room now."""
         free = self._free
         for names in (need.resident, need.holders):
+            if not names:
+                continue
             if len(names) <= FEW:
-                near = min((n for n in names if n != but and free.fits(n, need.gpus, need.whole_mb)), default="")
+                near = min([n for n in names if n != but and free.fits(n, need.gpus, need.whole_mb)], default="")
             else:
                 near = next((n for n in free.walk(need.gpus, need.whole_mb, names) if n != but), "")
             if near:
@@ -371,15 +375,26 @@ class Candidates:
             for index in (self._free, self._reclaimable):
                 found.update(dict.fromkeys(islice(index.walk(gpus, mb, names), each)))
             return
+        free, idle = self._free.rows, self._reclaimable.rows
+        if self.migrate and len(names) <= each:  # all of them, whatever room they have
+            for name in names:
+                if name in free:
+                    found[name] = None
+            return
         ranked: list[tuple[int, float, str]] = []
-        rows = self._free.rows
         for name in names:
-            row = rows.get(name)
+            row = free.get(name)
             if row is None:
                 continue
-            room = 0 if row.gpus >= gpus and row.mb >= mb else 1 if self._reclaimable.fits(name, gpus, mb) else 2
-            if room < 2 or self.migrate:
-                ranked.append((room, row.busy_until, name))
+            if row.gpus >= gpus and row.mb >= mb:
+                room = 0
+            elif (more := idle.get(name)) is not None and more.gpus >= gpus and more.mb >= mb:
+                room = 1
+            elif self.migrate:
+                room = 2
+            else:
+                continue
+            ranked.append((room, row.busy_until, name))
         if len(ranked) > each:
             ranked.sort()
             del ranked[each:]
@@ -412,7 +427,7 @@ class Candidates:
     def _row(self, node: Node) -> tuple[Row, Row | None]:
         """What is free there, and what would be if those that may go, and those that end, had gone."""
         ledger, info, name = self.ledger, node.info, node.name
-        speed = estimate.bandwidth(self.state.book, info.bandwidth, name, "disk")
+        speed = (self._facts.get(name) or self._look_up(node)).speed
         loading = ledger.loading_on(name)
         until = max([_read(i) for i in loading if i.load], default=0.0) if loading else 0.0
         gpus = info.gpus - ledger.used_gpus(name)
@@ -440,10 +455,6 @@ def _gpus_of(instances: Sequence[Instance]) -> int:
 def libs_of(layers: Sequence[Layer]) -> str:
     """The key of the path's first layer above the base, if it has one: what its container has imported."""
     return layers[1].key if len(layers) > 1 else layers[0].key
-
-
-def _least_context(instance: Instance) -> tuple[int, int]:
-    return (instance.tokens, instance.seq)
 
 
 def _read(instance: Instance) -> float:

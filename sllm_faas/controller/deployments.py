@@ -242,7 +242,7 @@ class Deployments:
         record = self.state.targets.get(key)
         if record is not None:
             version = self.ledger.version(record.target.app, record.target.version)
-            if version is not None:
+            if version is not None and version.state == "warming":
                 self._switch_when_warm(version)
 
     def _switch_when_warm(self, version: Version) -> None:

@@ -127,7 +127,7 @@ class Known:
         self, warmth: Warmth, tier: Tier, making: float, load: float, queue: float, pace: float, at_once: float = 1.0
     ) -> Estimate:
         """On a node of that `pace`: `making` the layers that are missing, `load` and `queue` of the read, seconds."""
-        crowd = _crowd(at_once)
+        crowd = 1 if at_once <= 1.0 else _crowd(at_once)
         found = self.own.get(crowd)
         if found is None:
             found = self.own[crowd] = own_seconds(self.book, self.function, self.libs, crowd)
@@ -170,12 +170,11 @@ def making_seconds(book: Mapping[str, float], layers: Sequence[Layer], at_once: 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:
     """What its container takes with all its layers there and nothing to wait for, on a node of pace 1, and whether
     that was ever seen."""
-    for name in (function, f"={libs}"):
-        found = _nearest(book, f"own|{name}", crowd)
-        if found is not None:
-            level, seconds = found
-            return seconds * _slowdown(book, crowd) / _slowdown(book, level), True
-    return OWN * _slowdown(book, crowd), False
+    found = _nearest(book, f"own|{function}", crowd) or _nearest(book, f"own|={libs}", crowd)
+    if found is None:
+        return OWN * _slowdown(book, crowd), False
+    level, seconds = found
+    return seconds * _slowdown(book, crowd) / _slowdown(book, level), True
 
 
 def bandwidth(
@@ -294,9 +293,7 @@ CROWDS = (1, 2, 4, 8, 16)
 
 def _crowd(at_once: float) -> int:
     """The class of so many starts at once."""
-    if at_once <= 1.0:
-        return 1
-    return CROWDS[min(len(CROWDS) - 1, max(0, round(math.log2(max(1.0, at_once)))))]
+    return CROWDS[min(len(CROWDS) - 1, round(math.log2(max(1.0, at_once))))]
 
 
 def _nearest(book: Mapping[str, float], prefix: str, crowd: int) -> tuple[int, float] | None:
@@ -323,9 +320,10 @@ def _slowed(book: Mapping[str, float], warmth: Warmth, crowd: int) -> float:
 
 
 def _layer(book: Mapping[str, float], layer: Layer, first: bool) -> float:
-    found = book.get(f"layer|{layer.key}|first") if first else None
+    key = f"layer|{layer.key}"
+    found = book.get(f"{key}|first") if first else None
     if found is None:
-        found = book.get(f"layer|{layer.key}")
+        found = book.get(key)
     if found is None:
         found = book.get(f"layer|{layer.warmth}")
     return LAYER.get(layer.warmth, 0.0) if found is None else found

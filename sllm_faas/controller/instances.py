@@ -129,7 +129,7 @@ class Instances:
             self.ledger.emit(SendStop(node.name, Stop(instance.id, None, instance.stopping)))
 
     def _became_ready(self, node: Node, instance: Instance, report: InstanceReport) -> None:
-        instance.ready = self.ledger.now
+        self.ledger.note_ready(instance)
         start = self.scaler.candidates.start(node, instance)
         record = self.ledger.target(instance.target)
         if record.error is not None:

@@ -31,6 +31,7 @@ INDEXES = (
     "_shared",
     "_attached",
     "_attached_mb",
+    "_holding",
     "_loading",
     "_ending",
     "_spare",
@@ -57,6 +58,8 @@ class Ledger:
         self._attached: dict[str, dict[str, None]] = {}
         """Digest -> nodes where instances share it."""
         self._attached_mb: dict[str, int] = {}
+        self._holding: dict[str, dict[str, int]] = {}
+        """Digest -> node -> instances there that have it in their memory."""
         self._loading: dict[str, Instances] = {}
         self._ending: dict[str, Instances] = {}
         self._spare: dict[str, Instances] = {}
@@ -71,7 +74,8 @@ class Ledger:
         for instance in sorted(state.instances.values(), key=lambda instance: instance.seq):
             self._index(instance)
         for key, record in state.targets.items():
-            self.note_spare(key, record.desired, self.live(key))
+            live = self.live(key)
+            self.note_spare(key, len(live) - record.desired, [i for i in live if i.state == "ready"])
         for gateway in state.gateways.values():
             for key, item in gateway.demand.items():
                 self._demand.setdefault(key, {})[gateway.name] = item
@@ -139,6 +143,10 @@ class Ledger:
         """In order of creation."""
         return list(self._by_target[key].values()) if key in self._by_target else []
 
+    def ids_of(self, key: str) -> Collection[str]:
+        """Of all its instances."""
+        return self._by_target.get(key, ())
+
     def live(self, key: str) -> list[Instance]:
         """Those that serve or will; not one that is to take over from another, as long as that is there."""
         mine = self._by_target.get(key)
@@ -168,13 +176,6 @@ class Ledger:
         """In order of creation."""
         return list(self._by_node[node].values()) if node in self._by_node else []
 
-    def has_ready(self, node: str, digest: str) -> bool:
-        """Whether an instance there has the checkpoint in its memory."""
-        for instance in self._by_node[node].values() if node in self._by_node else ():
-            if instance.digest == digest and instance.ready is not None:
-                return True
-        return False
-
     def _index(self, instance: Instance) -> None:
         self._by_target.setdefault(key_of(instance.target), {})[instance.id] = instance
         self._by_node.setdefault(instance.node, {})[instance.id] = instance
@@ -191,6 +192,12 @@ class Ledger:
                 self._attached_mb[instance.node] = self._attached_mb.get(instance.node, 0) + self.size_mb(
                     instance.digest
                 )
+            if instance.ready is not None:
+                self._hold(instance)
+
+    def _hold(self, instance: Instance) -> None:
+        holding = self._holding.setdefault(instance.digest, {})
+        holding[instance.node] = holding.get(instance.node, 0) + 1
 
     def _unindex(self, instance: Instance) -> None:
         key = key_of(instance.target)
@@ -215,6 +222,11 @@ class Ledger:
                 self._attached_mb[instance.node] -= self.size_mb(instance.digest)
             if not shared:
                 del self._shared[instance.node], self._attached_mb[instance.node]
+            if instance.ready is not None:
+                holding = self._holding[instance.digest]
+                holding[instance.node] -= 1
+                if not holding[instance.node]:
+                    _discard(self._holding, instance.digest, instance.node)
 
     def note_state(self, instance: Instance) -> None:
         """Call it after its state has changed."""
@@ -228,17 +240,24 @@ class Ledger:
             _discard(self._ending, instance.node, instance.id)
         self.where.touch(instance.node)
 
-    def note_spare(self, key: str, wanted: int, live: Sequence[Instance]) -> bool:
-        """The target wants that many of its live instances: so many of the ready ones as are beyond that may go,
-        those that run nothing and the newest first. True when one of them could not before."""
+    def note_ready(self, instance: Instance) -> None:
+        """It has become ready now: its checkpoint is in its memory."""
+        instance.ready = self.now
+        if instance.digest:
+            self._hold(instance)
+
+    def note_spare(self, key: str, beyond: int, ready: Sequence[Instance]) -> bool:
+        """The target has so many live instances more than it wants, and these, in order of creation, are ready: so many
+        of them may go, those that run nothing and the newest first. True when one of them could not before."""
         before = self._spare_of.get(key)
-        beyond = len(live) - wanted
         if beyond <= 0 and before is None:
             return False
-        ready = [instance for instance in live if instance.state == "ready"] if beyond > 0 else []
-        if beyond < len(ready):
-            ready.sort(key=lambda instance: (instance.running > 0, -instance.seq))
-        after = {instance.id: instance for instance in ready[: max(0, beyond)]}
+        if beyond <= 0:
+            ready = ()
+        elif beyond < len(ready):
+            newest = ready[::-1]
+            ready = ([i for i in newest if not i.running] + [i for i in newest if i.running])[:beyond]
+        after = {instance.id: instance for instance in ready}
         if before is None:
             before = {}
         if before.keys() == after.keys():
@@ -284,9 +303,11 @@ class Ledger:
     def used_mb(self, node: str) -> int:
         """Private memory of all instances there, each checkpoint they attach once, and what is pinned in memory though
         nobody attaches it."""
-        shared = self._shared.get(node, {})
-        idle = sum(mb for digest, mb in self.pinned(node).items() if digest not in shared)
-        return self._private.get(node, 0) + self._attached_mb.get(node, 0) + idle
+        used = self._private.get(node, 0) + self._attached_mb.get(node, 0)
+        if pinned := self.pinned(node):
+            shared = self._shared.get(node, {})
+            used += sum(mb for digest, mb in pinned.items() if digest not in shared)
+        return used
 
     def pinned(self, node: str) -> dict[str, int]:
         """digest -> MiB that stay in the node's memory whatever else needs it."""
@@ -305,6 +326,10 @@ class Ledger:
     def attached(self, digest: str) -> Collection[str]:
         """Nodes where an instance has the checkpoint attached, or soon will."""
         return self._attached.get(digest, ())
+
+    def holding(self, digest: str) -> Collection[str]:
+        """Nodes where an instance has the checkpoint in its memory."""
+        return self._holding.get(digest, ())
 
     def note_size(self, digest: str, size: int) -> None:
         """How many bytes a checkpoint has."""
@@ -326,11 +351,11 @@ class Ledger:
         ending: dict[str, int] = {}
         for instance in instances:
             total += instance.memory_mb
-            if instance.digest:
-                count = ending[instance.digest] = ending.get(instance.digest, 0) + 1
-                last = count == self._shared[instance.node][instance.digest]
-                if last and instance.digest not in self.pinned(instance.node):
-                    total += self.size_mb(instance.digest)
+            digest = instance.digest
+            if digest:
+                count = ending[digest] = ending.get(digest, 0) + 1
+                if count == self._shared[instance.node][digest] and digest not in self.pinned(instance.node):
+                    total += self.size_mb(digest)
         return total
 
     # -- demand ----------------------------------------------------------------------------------------------

@@ -83,8 +83,7 @@ def nothing(_limit: float = inf) -> tuple[()]:
     return ()
 
 
-@dataclass(slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` and `movable` are asked only where
     there is no room; `movable` may leave out what takes as many seconds as it is given, or more."""
 
@@ -106,7 +105,8 @@ class Candidate:
 
     def will_fit(self) -> bool:
         """When what is ending there has ended."""
-        return self.missing_mb <= 0 and self.missing_gpus <= 0
+        free_mb, free_gpus = self.free_mb, self.free_gpus + self.freeing_gpus
+        return (free_mb is None or self.need_mb <= free_mb + self.freeing_mb) and self.need_gpus <= free_gpus
 
     @property
     def big_enough(self) -> bool:
@@ -201,16 +201,19 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     nodes = list(candidates)
     if not nodes:
         return Full("no node is up and open for instances")
-    ranked = sorted(map(_ranked, nodes))
-    fitting = [(total, node) for *_, total, node in ranked if node.fits()]
+    # Equal estimates: the emptier node, so load spreads; then the name, so the choice is always the same.
+    ranked = sorted(
+        [(round(total := node.estimate.total, 6), -(node.free_mb or 0), node.name, total, node) for node in nodes]
+    )
+    fitting = [(total, node) for _, _, _, total, node in ranked if node.fits()]
     left = best = fitting[0][0] if fitting else inf
     way: Callable[[], Evict | Move | Full] | None = None
     """To be put into words if it wins."""
     busy = []
-    for *_, total, node in ranked:
+    for _, _, _, total, node in ranked:
         if total >= best:
-            break
-        if node.fits() or not node.big_enough:
+            break  # at the first that has room at the latest
+        if not node.big_enough:
             continue
         if node.will_fit():
             if total + costs.freeing < best:
@@ -253,12 +256,14 @@ P = TypeVar("P", bound=Part)
 def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
     """Whom to stop, the longest idle among equals; empty: that would not be enough."""
     parts = sorted(node.idle(), key=lambda item: (-item.seconds, item.instance))
-    return cheapest(parts, node.missing_mb, node.missing_gpus, costs.of)
+    return cheapest(parts, node.missing_mb, node.missing_gpus, costs.of) if parts else ()
 
 
 def cheapest_moves(node: Candidate, costs: Costs = DEFAULT, limit: float = inf) -> tuple[Movable, ...]:
     """Whom to move away, of those that take less than `limit` seconds; empty: that would not be enough."""
     parts = sorted(node.movable(limit), key=lambda item: item.instance)
+    if not parts:
+        return ()
     return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
 
 
@@ -305,12 +310,6 @@ def no_room(nodes: Sequence[Candidate]) -> Full:
 
 def _gpus(count: int) -> str:
     return f"{count} GPU{'s' * (count > 1)}"
-
-
-def _ranked(node: Candidate) -> tuple[float, int, str, float, Candidate]:
-    # Equal estimates: the emptier node, so load spreads; then the name, so the choice is always the same.
-    total = node.estimate.total
-    return (round(total, 6), -node.free_mb if node.free_mb is not None else 0, node.name, total, node)
 
 
 def _placed(fitting: Sequence[Candidate], total: int) -> Placed:

@@ -101,9 +101,11 @@ class Scaler:
             record.desired = want
 
         live = self.ledger.live(key)
-        if self.ledger.note_spare(key, want, live):
+        ready = [instance for instance in live if instance.state == "ready"]
+        if self.ledger.note_spare(key, len(live) - want, ready):
             self.ledger.room_changed()
-        kept = self._pressure(record, waiting + running, live, want, window if mode == "serving" else 0.0)
+        few = autoscale.PANIC * (live[0].concurrency if live else 1)
+        kept = self._pressure(record, waiting + running, few, ready, want, window if mode == "serving" else 0.0)
         blocked = ""
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live)
@@ -112,7 +114,7 @@ class Scaler:
         elif len(live) > want:
             hold = 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD
             least = self.scaling_of(target, spec).min_containers if spec is not None else 0
-            self._shrink(record, window, hold, least, live, kept)
+            self._shrink(record, window, hold, least, live, ready, kept)
         self._block(record, key, blocked)
         if mode == "gone" and waiting:
             record.error = to_info(
@@ -121,12 +123,15 @@ class Scaler:
         self._refuse(record, key)
         self._release(record, key)
 
-    def _pressure(self, record: TargetState, load: int, live: Sequence[Instance], want: int, stable: float) -> int:
-        """How many stay because of a panic. What may become one is looked at again when it would be."""
-        pressure, few = record.pressure, autoscale.PANIC * (live[0].concurrency if live else 1)
+    def _pressure(
+        self, record: TargetState, load: int, few: float, ready: Sequence[Instance], want: int, stable: float
+    ) -> int:
+        """How many stay because of a panic, which a load up to `few` never is. What may become one is looked at again
+        when it would be."""
+        pressure = record.pressure
         if load == pressure.load and load <= few and not pressure.until:
             return 0  # as nearly always
-        capacity = sum([i.concurrency for i in live if i.state == "ready"])
+        capacity = sum([i.concurrency for i in ready])
         kept = autoscale.note_load(pressure, self.ledger.now, load, capacity, want, stable)
         if load > few and stable and (soon := autoscale.panics_in(pressure, capacity)) is not None:
             self.ledger.wake_target(record, self.ledger.now + soon)
@@ -167,12 +172,18 @@ class Scaler:
         return ""
 
     def _shrink(
-        self, record: TargetState, window: float, hold: float, least: int, live: Sequence[Instance], kept: int
+        self,
+        record: TargetState,
+        window: float,
+        hold: float,
+        least: int,
+        live: Sequence[Instance],
+        ready: Sequence[Instance],
+        kept: int,
     ) -> None:
         """Cancel starts that nobody waits for, stop what has been idle for long enough, be woken for the rest. `kept`:
         so many stay because of a panic."""
         now, count = self.ledger.now, len(live)
-        ready = [instance for instance in live if instance.state == "ready"]
         if len(ready) < count:
             keep = max(kept, autoscale.held(record.peaks, now, record.desired, hold))
             for instance in reversed([instance for instance in live if instance.state != "ready"]):
@@ -200,9 +211,10 @@ class Scaler:
     def _let_go(self, instance: Instance, why: str, drain: float | None = None) -> None:
         """Stop it; what runs there goes on in the others if it can and may."""
         self.stop(instance, why, drain)
-        spec = self.ledger.function(instance.target)
-        if drain is None and self.candidates.migrate and instance.running and spec is not None and can_move(spec):
-            self.migrations.empty(instance, why)
+        if drain is None and self.candidates.migrate and instance.running:
+            spec = self.ledger.function(instance.target)
+            if spec is not None and can_move(spec):
+                self.migrations.empty(instance, why)
 
     def _block(self, record: TargetState, key: str, why: str) -> None:
         if bool(why) != bool(record.blocked):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,12 +47,12 @@ def test_what_fits_no_node_is_never_placed():
 
 
 def test_what_needs_a_gpu_where_there_is_none_is_told_what_would_help():
-    choice = place([replace(node("a"), need_gpus=1, total_gpus=0, free_gpus=0)])
+    choice = place([node("a")._replace(need_gpus=1, total_gpus=0, free_gpus=0)])
     assert isinstance(choice, Full)
     assert choice.never
     assert choice.why == "it needs 1 GPU; no node has one"
     assert "without `gpu`" in choice.hint
-    assert isinstance(place([replace(node("a"), need_gpus=1, total_gpus=1, free_gpus=1)]), Placed)
+    assert isinstance(place([node("a")._replace(need_gpus=1, total_gpus=1, free_gpus=1)]), Placed)
 
 
 def test_as_few_idle_as_possible_go_the_longest_idle_first():
