@@ -54,7 +54,7 @@ class Locality:
 
     def remove(self, node: Node) -> None:
         for index, names in self._parts(node):
-            for name in names:
+            for name in set(names):  # a node may tell one twice
                 index[name].discard(node.name)
                 if not index[name]:
                     del index[name]

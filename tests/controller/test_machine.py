@@ -685,6 +685,17 @@ def test_only_a_start_that_reads_waits_for_the_reads_before_it(dram_mb: int | No
     assert queued == {"a": ("disk", 0.0), "b": ("disk", 1.0), "c": third}
 
 
+def test_a_node_that_names_a_checkpoint_twice_can_say_something_else_and_leave():
+    machine, twice = Machine("abc"), (DIGEST, DIGEST)
+    info = NodeInfo("n", "ipc:///n", memory_mb=50_000, checkpoints=twice)
+    machine.handle(ev.NodeUp(info, "1"), 0.0)
+    for stats in (NodeStats(1, 1, 0, twice, twice), NodeStats(1, 1, 0)):
+        machine.handle(ev.NodeStatsSeen("n", stats), 0.0)
+        machine.validate()
+    machine.handle(ev.NodeLeft("n"), 0.0)
+    machine.validate()
+
+
 def test_a_start_is_timed_and_the_next_one_predicted_by_it():
     made = world()
     deploy(made, app())
