@@ -72,6 +72,9 @@ class Skeleton:
     codec: TextCodec | None
     eos: frozenset[int]
     packed: tuple[quantized.Packed, ...] = ()
+    replaced: tuple[Any, ...] = ()
+    """What `attach` puts tensors in place of. Kept: to free them would write to pages that are shared with the
+    template, and each would be copied."""
     adapters: Adapters | None = None
     channel: int = -1
     stage: Stage | None = None
@@ -109,6 +112,7 @@ def prepare(checkpoint: CheckpointObject | Path, adapters: Mapping[str, Path] | 
         model=model,
         places=places,
         packed=packed,
+        replaced=tuple(holder.get(name) for place in places for holder, name in place.at),
         adapters=load_adapters(model, objects, checkpoint.digest) if objects else None,
         codec=codec,
         eos=end_tokens(directory),

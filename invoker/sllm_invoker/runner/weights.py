@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     import torch
 
 STEP = 32 * 1024 * 1024
-"""Bytes mapped at a time: the address space is locked that long."""
+"""Bytes mapped at a time, at first: the address space is locked that long."""
+BRIEF = 0.001
+"""Seconds of work. Huge pages are mapped so fast that the next step may be twice as long: after each, this thread takes
+the interpreter from the one that binds the model."""
 
 
 class Weights:
@@ -171,9 +174,14 @@ class _Arriving(Weights):
 
 def _touch(mapping: Mapping) -> None:
     """Best effort: what is not mapped here is when it is read."""
-    for start in range(0, mapping.length, STEP):
-        if not advise(mapping.address + start, min(STEP, mapping.length - start), MADV_POPULATE_READ):
+    done, step = 0, STEP
+    while done < mapping.length:
+        length = min(step, mapping.length - done)
+        began = time.thread_time()
+        if not advise(mapping.address + done, length, MADV_POPULATE_READ):
             return
+        done += length
+        step = 2 * step if time.thread_time() - began < BRIEF else STEP
 
 
 def _layout(sock: socket.socket) -> tuple[channel.Layout, list[int]]:
