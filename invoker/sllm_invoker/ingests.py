@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
+from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, SllmError, from_info
 from sllm_faas.spec import CheckpointSpec
 from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.checkpoints.store import CheckpointStore
@@ -48,14 +48,21 @@ class Ingests:
         self._feed = feed
         self._running: dict[tuple[str, ...], tuple[asyncio.Task[str], list[Report]]] = {}
         self._verified: dict[str, CheckpointObject] = {}
-        """Objects that were found verified in this life, by digest."""
+        """Objects that were found verified, by digest."""
 
     def largest(self) -> int:
         """Bytes of the largest checkpoint on this node."""
         return max((entry.manifest.total_bytes for entry in self.store.list()), default=0)
 
     def digests(self) -> tuple[str, ...]:
-        return tuple(entry.digest for entry in self.store.list())
+        """What is on this node. What an earlier life of it found verified, and has not changed, is ready at once."""
+        found = tuple(entry.digest for entry in self.store.list())
+        for digest in found:
+            with contextlib.suppress(SllmError):  # whoever wants a corrupt one is told so
+                held = self.store.get(digest)
+                if self.store.is_verified(held):
+                    self._verified[digest] = held
+        return found
 
     async def bring(
         self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True

@@ -42,7 +42,7 @@ from sllm_faas.spec import Tier, Timeline, Warmth
 
 WEIGHT = 0.2
 """Of a new observation, once there are several."""
-PACE_WEIGHT = 0.1
+PACE_WEIGHT = 0.05
 """Of what a start says about its node: little, for it says as much about its function."""
 TRUSTED = 5
 """Observations after which one that is far off counts only as far as ..."""
@@ -253,7 +253,7 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
         return
     pace = book.get(f"pace|{start.node}", 1.0)
     if known is not None and known[0] == crowd and known[1] > 0 and book[f"#{mine}|{crowd}"] >= TRUSTED:
-        off = min(2.0, max(0.5, seconds / (known[1] * pace)))
+        off = min(1.5, max(0.67, seconds / (known[1] * pace)))
         book[f"pace|{start.node}"] = pace * (1.0 + PACE_WEIGHT * (off - 1.0))
     if crowd > 1 and (alone := book.get(f"{mine}|1", 0.0)) > 0:
         _mix(book, f"slow||{crowd}", max(0.5, seconds / pace / alone))

@@ -19,9 +19,12 @@ async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(fil
     spec = CheckpointSpec("anything", digest=digest)
     assert await ingests.ready(spec, lambda *_: None) == filled.path(digest)
 
-    with pytest.raises(StopIteration) as answer:  # nothing else had to run for it
-        ingests.ready(spec, lambda *_: None).send(None)
-    assert answer.value.value == filled.path(digest)
+    later = Ingests(filled, Tree(tmp_path), tmp_path)
+    assert later.digests() == (digest,)
+    for each in (ingests, later):
+        with pytest.raises(StopIteration) as answer:  # nothing else had to run for it
+            each.ready(spec, lambda *_: None).send(None)
+        assert answer.value.value == filled.path(digest)
 
     part = filled.get(digest).part_path()
     part.write_bytes(b"\1" + part.read_bytes()[1:])
