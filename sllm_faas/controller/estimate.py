@@ -58,9 +58,9 @@ CROWDING = 0.25
 """Guess: each further start at once makes all of them so much longer."""
 AT_ONCE = 1e-3
 """Seconds that a read takes at least, for the arithmetic: one that finds everything there is infinitely fast."""
-SEEN = 3
-"""Starts that found a checkpoint in the page cache or not, after which it is expected there: a large one is once in a
-while, when memory in use left no room for it in the DRAM tier."""
+SEEN, OFTEN = 3, 0.8
+"""Starts that found a checkpoint in the page cache or not, after which it is expected there, and the part that did: a
+large one is once in a while, when memory in use left no room for it in the DRAM tier."""
 STALLED = 0.005
 """Seconds of waiting for bytes above which a start is said to have been held up by them."""
 
@@ -277,9 +277,9 @@ def ever_cached(book: Mapping[str, float], digest: str) -> bool:
 
 
 def is_cached(book: Mapping[str, float], node: str, digest: str) -> bool:
-    """Whether the node's page cache most often has it."""
+    """Whether the node's page cache nearly always has it."""
     key = f"cached|{node}|{digest}"
-    return book.get(key, 0.0) > 0.5 and book[f"#{key}"] >= SEEN
+    return book.get(key, 0.0) > OFTEN and book[f"#{key}"] >= SEEN
 
 
 def forget(book: Book, node: str) -> None:

@@ -102,12 +102,12 @@ def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_n
     assert e.making_seconds(book, (LIBS, TEMPLATE), 4.0) == pytest.approx(3.4)
 
 
-def test_where_the_page_cache_most_often_has_it_is_learned_by_node():
+def test_where_the_page_cache_nearly_always_has_it_is_learned_by_node():
     book: e.Book = {}
     assert not e.is_cached(book, "n", "d")
     e.learn_cached(book, "n", "d", "disk")
     assert book == {}
-    for tier in ("dram", "disk", "dram"):
+    for tier in ("dram", "disk", "dram", "dram", "dram", "dram"):
         assert not e.is_cached(book, "n", "d")
         e.learn_cached(book, "n", "d", tier)
     assert e.is_cached(book, "n", "d")
