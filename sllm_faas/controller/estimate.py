@@ -56,6 +56,8 @@ imported; a model's skeleton and tokenizer built."""
 BANDWIDTH: dict[Tier, float] = {"remote": 100e6, "disk": 1e9, "dram": 8e9, "gpu": 50e9}
 CROWDING = 0.25
 """Guess: each further start at once makes all of them so much longer."""
+SLOWEST = 100.0
+"""Times longer that a start in a crowd is believed to take, however short the one alone was."""
 AT_ONCE = 1e-3
 """Seconds that a read takes at least, for the arithmetic: one that finds everything there is infinitely fast."""
 SEEN, OFTEN = 3, 0.8
@@ -256,7 +258,7 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
         off = min(1.5, max(0.67, seconds / (known[1] * pace)))
         book[f"pace|{start.node}"] = pace * (1.0 + PACE_WEIGHT * (off - 1.0))
     if crowd > 1 and (alone := book.get(f"{mine}|1", 0.0)) > 0:
-        _mix(book, f"slow||{crowd}", max(0.5, seconds / pace / alone))
+        _mix(book, f"slow||{crowd}", min(SLOWEST, max(0.5, seconds / pace / alone)))
     _mix(book, f"{mine}|{crowd}", seconds / pace)
     _mix(book, f"own|={start.libs}|{crowd}", seconds / pace)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sllm_faas.controller import estimate as e
@@ -223,6 +223,7 @@ def test_a_node_that_is_gone_is_forgotten_the_rest_is_not():
 @given(
     st.lists(st.tuples(st.floats(0.0, 1e4), st.floats(0.0, 1e4), st.floats(1.0, 100.0), st.integers(0, 2)), max_size=30)
 )
+@example([(0.0, 0.0, 2.0, 1), (2.3e-309, 0.0, 1.0, 0), (1.0, 0.0, 2.0, 0), (0.0, 0.0, 2.0, 0)])
 def test_whatever_is_learned_predictions_stay_finite_and_not_negative(seen):
     book: e.Book = {}
     for actual, read, at_once, which in seen:
