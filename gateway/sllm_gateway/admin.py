@@ -143,7 +143,14 @@ class Admin:
         rpc = self._dispatcher.nodes.get(node)
         if rpc is None:
             raise NotFound(f"Node {node!r} is not connected.", hint="See `sllm node list`.", param="node")
-        await exchange.respond(_encode(await rpc.call("node.leave", {})), 202)
+        connected = rpc.send is not None
+        try:
+            answer = await rpc.call("node.leave", {})
+        except Unavailable:
+            if not connected:
+                raise
+            answer = {"leaving": True}  # and gone, before its answer was here
+        await exchange.respond(_encode(answer), 202)
 
     # -- logs ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.wire.header import Type
+from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import TokenEntry
 from tests.gateway.fakes import Rig, bearer
 
@@ -112,6 +112,19 @@ async def test_logs_are_lines_sorted_and_cut_or_events_that_go_on(gateway: Rig) 
         lines = stream.aiter_lines()
         assert [await anext(lines) for _ in range(2)] == ["event: log", 'data: {"time":3.0,"text":"c"}']
     assert (await gateway.http.get("/v1/logs?lines=x", headers=ROOT)).status_code == 400
+
+
+async def test_a_node_that_is_gone_before_its_answer_is_here_has_left_as_it_was_asked(gateway: Rig) -> None:
+    def leave(_body: dict[str, object]) -> list[object]:
+        for peer in gateway.invoker.gateways:
+            gateway.invoker.router.send(peer, [Header(Type.BYE).pack()])
+        return []
+
+    gateway.invoker.operations["node.leave"] = leave
+    before = len(gateway.invoker.got[Type.HELLO])
+    answer = await gateway.http.post("/v1/nodes/node-0/restart", headers=ROOT)
+    assert (answer.status_code, answer.json()) == (202, {"leaving": True})
+    await gateway.invoker.until(lambda: len(gateway.invoker.got[Type.HELLO]) > before)
 
 
 async def test_checkpoints_are_asked_of_every_invoker(gateway: Rig) -> None:
