@@ -155,7 +155,7 @@ def _walk(
         if path.is_dir():
             if path in above:
                 raise BadSpec(f"{name} is a link to a directory above it; allowed: trees without loops.")
-            if keeps_out(path):
+            if _keeps_out(path):
                 continue
             yield from _walk(top, path, name + "/", ignore, (*above, path))
         elif path.is_file():
@@ -164,7 +164,7 @@ def _walk(
             raise BadSpec(f"{name} is neither a file nor a directory.", hint=f"Name it in {IGNORE_FILE}.")
 
 
-def keeps_out(directory: Path) -> bool:
+def _keeps_out(directory: Path) -> bool:
     """Whether it says of itself that nothing in it is source: its `.gitignore` is `*` and nothing else."""
     try:
         lines = (directory / ".gitignore").read_text("utf-8").splitlines()

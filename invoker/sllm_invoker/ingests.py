@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, SllmError, from_info
+from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
 from sllm_faas.spec import CheckpointSpec
 from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.checkpoints.store import CheckpointStore
@@ -56,13 +56,9 @@ class Ingests:
 
     def digests(self) -> tuple[str, ...]:
         """What is on this node. What an earlier life of it found verified, and has not changed, is ready at once."""
-        found = tuple(entry.digest for entry in self.store.list())
-        for digest in found:
-            with contextlib.suppress(SllmError):  # whoever wants a corrupt one is told so
-                held = self.store.get(digest)
-                if self.store.is_verified(held):
-                    self._verified[digest] = held
-        return found
+        found = [CheckpointObject(self.store.path(entry.digest), entry.manifest) for entry in self.store.list()]
+        self._verified.update({held.digest: held for held in found if self.store.is_verified(held)})
+        return tuple(held.digest for held in found)
 
     async def bring(
         self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True

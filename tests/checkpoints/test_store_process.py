@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,14 @@ class Node:
     async def residents(self) -> dict[str, Resident]:
         return {each.digest: each for each in (await self.tier.look()).residents}
 
-    async def until_leases(self, checkpoint: CheckpointObject, count: int) -> None:
+    async def until(self, holds: Callable[[dict[str, Resident]], bool]) -> None:
         """The store learns of deaths on its own: ask until it has."""
         async with asyncio.timeout(30):
-            while (await self.residents())[checkpoint.digest].leases != count:
+            while not holds(await self.residents()):
                 await asyncio.sleep(0)
+
+    async def until_leases(self, checkpoint: CheckpointObject, count: int) -> None:
+        await self.until(lambda residents: residents[checkpoint.digest].leases == count)
 
 
 @pytest.fixture
@@ -250,10 +253,9 @@ async def test_a_changed_byte_is_refused_before_it_is_used_and_others_are_served
     opening.close()
     assert await reader.hear() == "error checkpoint_corrupt"
     await reader.kill()
-    async with asyncio.timeout(30):
-        while a.digest in await node.residents():  # as long as the store does not know that nobody maps it any more
-            await asyncio.sleep(0)
+    await node.until(lambda residents: a.digest not in residents)  # it knows that nobody maps it any more
     assert (await (await node.attach(b)).hear()).endswith("slabs")
+    assert a.digest not in await node.residents()
 
 
 async def test_a_prefetch_leaves_it_in_memory_and_unleased(node, a):
