@@ -100,6 +100,76 @@ async def test_two_instances_draw_different_numbers(containers: Containers) -> N
     assert texts[0].splitlines()[0] != texts[1].splitlines()[0]
 
 
+async def standby_of(containers: Containers, key: str = "base") -> int:
+    """The process that will be the next instance of that layer, once it waits for that."""
+    link = containers.runtime._zygotes[key]
+    async with asyncio.timeout(20):
+        while not link.standby:
+            await asyncio.sleep(0)
+    return link.standby
+
+
+async def test_the_next_instance_is_the_process_that_stood_by(containers: Containers) -> None:
+    one = await containers.start("one", "random")
+    ahead = await standby_of(containers)
+    two = await containers.start("two", "random")
+    three = await containers.start("three", "random")
+    assert two.handle.pid == ahead != three.handle.pid
+    drawn = {(await each.says("up")).splitlines()[0] for each in (one, two, three)}
+    assert len(drawn) == 3
+    assert await two.handle.stop(0) == Exited(-signal.SIGKILL)
+    assert await standby_of(containers) != ahead
+
+
+async def test_one_that_stood_by_tells_its_exit_status(containers: Containers) -> None:
+    await containers.start("one")
+    await standby_of(containers)
+    two = await containers.start("two", "exit")
+    assert await two.ends() == Exited(3)
+
+
+async def test_one_that_stood_by_inherits_no_descriptor(containers: Containers) -> None:
+    await containers.start("one")
+    await standby_of(containers)
+    text = await (await containers.start("two", "descriptors")).says("up two")
+    fds = [int(word) for word in text.splitlines()[0].split()[1:]]
+    assert len(fds) <= 5, text
+
+
+async def test_one_that_dies_while_it_stands_by_is_done_without(containers: Containers) -> None:
+    one = await containers.start("one")
+    ahead = await standby_of(containers)
+    os.kill(ahead, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while containers.runtime._zygotes["base"].standby:
+            await asyncio.sleep(0)
+    two = await containers.start("two")
+    assert await two.says("up two")
+    assert two.handle.pid != ahead and one.handle.exited is None
+    assert await standby_of(containers) != ahead
+
+
+async def test_one_that_stands_by_ends_with_its_zygote(containers: Containers) -> None:
+    one = await containers.start("one")
+    ahead = await standby_of(containers)
+    base = tree.look(one.handle.pid)
+    assert base
+    os.kill(base.parent, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while tree.alive(ahead):
+            await asyncio.sleep(0)
+
+
+async def test_one_that_stands_by_is_memory_of_its_layer(containers: Containers) -> None:
+    code = FunctionSpec("f", module="m", qualname="f", methods=(MethodSpec("f"),), libs=("numpy",))
+    await containers.start("one", spec=code)
+    alone = containers.runtime.pool.memory_mb()
+    await standby_of(containers, "libs:numpy")
+    async with asyncio.timeout(20):
+        while containers.runtime.pool.memory_mb() <= alone:
+            await asyncio.sleep(0)
+
+
 async def test_a_template_that_cannot_be_prepared_is_the_starters_error(
     containers: Containers, llm: FunctionSpec
 ) -> None:
