@@ -151,8 +151,7 @@ class Instances:
                 ),
             )
             if instance.digest and node.name not in self.ledger.where.resident(instance.digest):
-                full = self.ledger.crowded_out(node.name, instance.digest)
-                estimate.learn_cached(self.state.book, node.name, instance.digest, full, instance.tier)
+                estimate.learn_cached(self.state.book, node.name, instance.digest, instance.tier)
             self.ledger.where.renew(node.name)
         self._remember(instance, "ready", None)
 
