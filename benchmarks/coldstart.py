@@ -9,8 +9,9 @@ Beside it, in the same run: the same request to a running instance (warm), and a
 
 Floor of a start (what no implementation can beat): the forward pass, which is what warm takes; from disk, the larger of
 that and reading the file as fast as fio does with O_DIRECT; from the mirror, the larger of these and a plain fetch. The
-tier and the warmth of each start are taken from its
-own timeline, so that no figure stands for something else.
+tier and the warmth of each start are taken from its own timeline, so that no figure stands for something else. Before
+each, nothing has been asked for a second and a half: an idle function is what starts cold, and what a node makes ahead
+of need (`containers/zygote.py`) is there by then.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from benchmarks import mirror, models
 from benchmarks.common import Platform, Report, arguments, platform_up, table
 from benchmarks.disk import drop, fill, fio, limit
 
+REST = 1.5
+"""Seconds before each start without a request: an idle function is what starts cold."""
 APP = """
 import sllm
 
@@ -182,6 +185,7 @@ class Case:
         if tier == "remote":
             self.network.append(mirror.rate(f"{self.url}/model.safetensors"))
             client.platform.sllm("checkpoint", "rm", self.part.parent.name)
+        time.sleep(REST)
         if warmth == "libs":
             client.end_templates()
         start = client.first_token(self.far if tier == "remote" else self.function)

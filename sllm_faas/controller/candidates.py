@@ -12,7 +12,8 @@ import heapq
 from collections.abc import Collection, Sequence
 from itertools import islice
 from math import inf
-from typing import NamedTuple
+
+import msgspec
 
 from sllm_faas.controller import estimate, move_times
 from sllm_faas.controller.index import UNLIMITED, NodeIndex, Row
@@ -34,7 +35,7 @@ FEW = 48
 """A set of at most so many nodes is gone through; a larger one is met by walking the index."""
 
 
-class Need(NamedTuple):
+class Need(msgspec.Struct, frozen=True):
     """What one more instance of a target needs, and who has what of it: looked up once for all nodes.
 
     `own`: the instances it has; `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`:
@@ -60,7 +61,7 @@ class Need(NamedTuple):
     cached: bool
 
 
-class Facts(NamedTuple):
+class Facts(msgspec.Struct, frozen=True):
     """What the book says of a node, looked up once until it learns more: its pace, the bytes per second of its disk,
     and by tier and bytes the seconds to read so many."""
 
@@ -220,15 +221,17 @@ class Candidates:
             return "dram"
         if node not in need.holders:
             return "remote"
-        return "dram" if need.cached and estimate.is_cached(self.state.book, node, need.digest) else "disk"
+        if not need.cached:
+            return "disk"
+        full = self.ledger.crowded_out(node, need.digest)
+        return "dram" if estimate.is_cached(self.state.book, node, need.digest, full) else "disk"
 
     def _displaced(self, node: str, need: Need) -> bool:
         """Whether what others are reading there takes its place in DRAM, beside what is in use, before it is read."""
         loading = self.ledger.loading_on(node)
         if not any(other.load and other.tier != "dram" for other in loading) or node in need.attached:
             return False
-        room = self.ledger.dram_mb(node)
-        return room is not None and self.ledger.attached_mb(node) + need.whole_mb - need.alone_mb > room
+        return self.ledger.crowded_out(node, need.digest)
 
     def _awaited(self, missing: Sequence[Layer], here: Sequence[Instance]) -> float:
         """Seconds of making those layers that starts on the node have behind them."""

@@ -21,7 +21,9 @@ what all functions showed. The book is a plain `dict[str, float]`: it is stored,
                                          start makes: beside its read, which a later one most often is not
     rate|node|tier|size  rate|node|tier  bytes per second, by size class
     cached|node|digest                   part of the starts that found it in the page cache, of those for which the
-                                         node had not said that it is in its DRAM tier; since the first that did
+                                         node had not said that it is in its DRAM tier; since the first that did.
+    cached|node|digest|full              Of those beside which its DRAM tier had no room for it, so that it was read
+                                         through the page cache
     cached||digest                       1: it was found there on some node
     tail|app/function    tail|=libs      seconds
     error|app/function   error|node   error    |predicted - actual|, seconds
@@ -35,13 +37,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+
+import msgspec
 
 from sllm_faas.layers import Layer
 from sllm_faas.spec import Tier, Timeline, Warmth
 
 WEIGHT = 0.2
-"""Of a new observation, once there are several."""
+"""Of a new observation, once there are several; of the first few the k-th counts k times, because what is made for the
+first time reads files that nobody has read."""
 PACE_WEIGHT = 0.05
 """Of what a start says about its node: little, for it says as much about its function."""
 TRUSTED = 5
@@ -60,7 +64,7 @@ SLOWEST = 100.0
 """Times longer that a start in a crowd is believed to take, however short the one alone was."""
 AT_ONCE = 1e-3
 """Seconds that a read takes at least, for the arithmetic: one that finds everything there is infinitely fast."""
-SEEN, OFTEN = 3, 0.8
+SEEN, OFTEN = 3, 0.9
 """Starts that found a checkpoint in the page cache or not, after which it is expected there, and the part that did: a
 large one is once in a while, when memory in use left no room for it in the DRAM tier."""
 STALLED = 0.005
@@ -69,7 +73,7 @@ STALLED = 0.005
 Book = dict[str, float]
 
 
-class Estimate(NamedTuple):
+class Estimate(msgspec.Struct, frozen=True):
     """Seconds by part. `total` orders candidates. `margin`: the mean error of such estimates so far, None before the
     first; `starts`: how many of the function's starts it rests on."""
 
@@ -263,10 +267,10 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
     _mix(book, f"own|={start.libs}|{crowd}", seconds / pace)
 
 
-def learn_cached(book: Book, node: str, digest: str, tier: Tier) -> None:
-    """Where a checkpoint was that is not in the node's DRAM tier: small ones are in the kernel's page cache. Nothing is
-    kept of what never was there."""
-    key = f"cached|{node}|{digest}"
+def learn_cached(book: Book, node: str, digest: str, full: bool, tier: Tier) -> None:
+    """Where a checkpoint was that is not in the node's DRAM tier: small ones are in the kernel's page cache, and where
+    that tier is `full` of what is in use, others may be. Nothing is kept of what never was there."""
+    key = _cached_key(node, digest, full)
     if tier == "dram":
         book[f"cached||{digest}"] = 1.0
     if tier == "dram" or key in book:
@@ -278,10 +282,14 @@ def ever_cached(book: Mapping[str, float], digest: str) -> bool:
     return f"cached||{digest}" in book
 
 
-def is_cached(book: Mapping[str, float], node: str, digest: str) -> bool:
-    """Whether the node's page cache nearly always has it."""
-    key = f"cached|{node}|{digest}"
-    return book.get(key, 0.0) > OFTEN and book[f"#{key}"] >= SEEN
+def is_cached(book: Mapping[str, float], node: str, digest: str, full: bool) -> bool:
+    """Whether the node's page cache nearly always has it: if so with room, then without."""
+    keys = [_cached_key(node, digest, each) for each in {False, full}]
+    return any(book.get(key, 0.0) > OFTEN and book[f"#{key}"] >= SEEN for key in keys)
+
+
+def _cached_key(node: str, digest: str, full: bool) -> str:
+    return f"cached|{node}|{digest}|full" if full else f"cached|{node}|{digest}"
 
 
 def forget(book: Book, node: str) -> None:
@@ -351,7 +359,7 @@ def _mix(book: Book, key: str, value: float) -> None:
         return
     step = value - before
     off = book.get(f"~{key}", abs(step))
-    weight = max(WEIGHT, 1.0 / (count + 1.0))
+    weight = max(WEIGHT, 2.0 / (count + 2.0))
     if count >= TRUSTED:
         most = OUTLIER * max(off, 0.02 * abs(before))
         step = min(most, max(-most, step))

@@ -14,7 +14,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+
+import msgspec
 
 UNLIMITED = 1 << 40
 """MiB of a node whose memory is not known."""
@@ -23,7 +24,7 @@ _SPEED = math.log(1.25)
 Group = tuple[int, int, int]
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True):
     """`bandwidth`: bytes per second from disk; `busy_until`: end of the reads promised; `gpus` and `mb` are free
     there, `mb` below 0 where adopted instances take more than there is."""
 

@@ -151,7 +151,8 @@ class Instances:
                 ),
             )
             if instance.digest and node.name not in self.ledger.where.resident(instance.digest):
-                estimate.learn_cached(self.state.book, node.name, instance.digest, instance.tier)
+                full = self.ledger.crowded_out(node.name, instance.digest)
+                estimate.learn_cached(self.state.book, node.name, instance.digest, full, instance.tier)
             self.ledger.where.renew(node.name)
         self._remember(instance, "ready", None)
 

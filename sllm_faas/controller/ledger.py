@@ -323,6 +323,14 @@ class Ledger:
         """Of the checkpoints that instances there share or soon will, each once."""
         return self._attached_mb.get(node, 0)
 
+    def crowded_out(self, node: str, digest: str) -> bool:
+        """Whether the node's DRAM tier cannot hold the checkpoint beside those that instances there share."""
+        room = self.dram_mb(node)
+        if room is None:
+            return False
+        beside = 0 if node in self.attached(digest) else self.size_mb(digest)
+        return self.attached_mb(node) + beside > room
+
     def attached(self, digest: str) -> Collection[str]:
         """Nodes where an instance has the checkpoint attached, or soon will."""
         return self._attached.get(digest, ())

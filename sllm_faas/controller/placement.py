@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
+
+import msgspec
 
 from sllm_faas.controller.estimate import Estimate
 
@@ -56,7 +58,7 @@ class Costs:
         return item.rests + self.eviction + self.reload * item.reload * self.horizon / (self.horizon + item.seconds)
 
 
-class Idle(NamedTuple):
+class Idle(msgspec.Struct, frozen=True):
     """An instance that nobody has needed for `seconds`, and what its end gives back. `reload`: seconds its own start
     took; `rests`: seconds for which it may not go yet."""
 
@@ -68,7 +70,7 @@ class Idle(NamedTuple):
     rests: float = 0.0
 
 
-class Movable(NamedTuple):
+class Movable(msgspec.Struct, frozen=True):
     """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over. With no room
     for it anywhere `to` is empty and `seconds` infinite."""
 
@@ -83,7 +85,7 @@ def nothing(_limit: float = inf) -> tuple[()]:
     return ()
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True):
     """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` and `movable` are asked only where
     there is no room; `movable` may leave out what takes as many seconds as it is given, or more."""
 
@@ -203,7 +205,10 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
         return Full("no node is up and open for instances")
     # Equal estimates: the emptier node, so load spreads; then the name, so the choice is always the same.
     ranked = sorted(
-        [(round(total := node.estimate.total, 6), -(node.free_mb or 0), node.name, total, node) for node in nodes]
+        [
+            (int(1e6 * (total := node.estimate.total) + 0.5), -(node.free_mb or 0), node.name, total, node)
+            for node in nodes
+        ]
     )
     fitting = [(total, node) for _, _, _, total, node in ranked if node.fits()]
     left = best = fitting[0][0] if fitting else inf

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import msgspec
+
 from sllm_faas.controller import autoscale, placement, tables
 from sllm_faas.controller.candidates import Candidates
 from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
@@ -294,7 +296,7 @@ class Scaler:
             spec, node = self.ledger.function(instance.target), self.state.nodes.get(instance.node)
             if spec is not None and node is not None and instance.state == "requested":
                 crowded = self.candidates.guess(node, instance.target, spec, but=instance.id)
-                instance.predicted = crowded._replace(queue=instance.queued, load=instance.load).total
+                instance.predicted = msgspec.structs.replace(crowded, queue=instance.queued, load=instance.load).total
                 self.ledger.restate(instance.id, round(instance.predicted, 4))
 
     def stop(self, instance: Instance, why: str, drain: float | None) -> None:

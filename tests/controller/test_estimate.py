@@ -40,12 +40,14 @@ def test_a_function_without_weights_has_nothing_to_load():
 
 
 def test_actual_starts_replace_the_guess_step_by_step():
-    """The first observation is taken whole, then as a mean, then by WEIGHT."""
+    """The first observation is taken whole, then the k-th counts k times, then WEIGHT."""
     book: e.Book = {}
     learn(book, PLAIN, 2.0)
     assert total(book, PLAIN) == 2.0
     learn(book, PLAIN, 1.0)
-    assert 1.4 < total(book, PLAIN) < 1.6
+    assert total(book, PLAIN) == pytest.approx((2.0 + 2 * 1.0) / 3)
+    learn(book, PLAIN, 1.5)
+    assert total(book, PLAIN) == pytest.approx((2.0 + 2 * 1.0 + 3 * 1.5) / 6)
 
 
 def test_one_start_that_is_far_off_moves_little_once_there_are_several():
@@ -104,18 +106,31 @@ def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_n
 
 def test_where_the_page_cache_nearly_always_has_it_is_learned_by_node():
     book: e.Book = {}
-    assert not e.is_cached(book, "n", "d")
-    e.learn_cached(book, "n", "d", "disk")
+    assert not e.is_cached(book, "n", "d", False)
+    e.learn_cached(book, "n", "d", False, "disk")
     assert book == {}
     for tier in ("dram", "disk", "dram", "dram", "dram", "dram"):
-        assert not e.is_cached(book, "n", "d")
-        e.learn_cached(book, "n", "d", tier)
-    assert e.is_cached(book, "n", "d")
+        assert not e.is_cached(book, "n", "d", False)
+        e.learn_cached(book, "n", "d", False, tier)
+    assert e.is_cached(book, "n", "d", False)
     assert e.ever_cached(book, "d")
     assert not e.ever_cached(book, "c")
-    assert not e.is_cached(book, "m", "d")
+    assert not e.is_cached(book, "m", "d", False)
     e.forget(book, "n")
-    assert not e.is_cached(book, "n", "d")
+    assert not e.is_cached(book, "n", "d", False)
+
+
+def test_the_page_cache_is_another_one_where_the_dram_tier_has_no_room():
+    """Without room the checkpoint is read through it, and past it otherwise."""
+    book: e.Book = {}
+    for _ in range(e.SEEN):
+        e.learn_cached(book, "n", "d", True, "dram")
+        e.learn_cached(book, "n", "d", False, "disk")
+    assert e.is_cached(book, "n", "d", True)
+    assert not e.is_cached(book, "n", "d", False)
+    for _ in range(e.SEEN):
+        e.learn_cached(book, "n", "small", False, "dram")
+    assert e.is_cached(book, "n", "small", True)
 
 
 def test_a_layer_that_another_start_makes_is_not_learned_from_who_waits_for_it():

@@ -699,7 +699,7 @@ def test_a_node_that_names_a_checkpoint_twice_can_say_something_else_and_leave()
 def test_a_start_is_timed_and_the_next_one_predicted_by_it():
     made = world()
     deploy(made, app())
-    for asked, predicted, actual in ((1, 0.1, 0.75), (2, 0.75, 0.25), (3, 0.5, 0.25)):
+    for asked, predicted, actual in ((1, 0.1, 0.75), (2, 0.75, 0.25), (3, 0.4167, 0.25)):
         made.demand("g", F, asked)
         start = made.sent(cmd.SendStart)[-1].body
         assert start.predicted == predicted

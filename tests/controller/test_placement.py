@@ -12,9 +12,9 @@ from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Placed, place
 
 
-def node(name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=()):
+def node(name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=(), **more):
     guess = Estimate(0.0, seconds, 0.0, 0.0, "base", "disk")
-    return Candidate(name, need, free, total, freeing, guess, lambda: list(idle))
+    return Candidate(name, need, free, total, freeing, guess, lambda: list(idle), **more)
 
 
 def test_the_fastest_node_that_has_room_wins_and_says_why():
@@ -47,12 +47,12 @@ def test_what_fits_no_node_is_never_placed():
 
 
 def test_what_needs_a_gpu_where_there_is_none_is_told_what_would_help():
-    choice = place([node("a")._replace(need_gpus=1, total_gpus=0, free_gpus=0)])
+    choice = place([node("a", need_gpus=1)])
     assert isinstance(choice, Full)
     assert choice.never
     assert choice.why == "it needs 1 GPU; no node has one"
     assert "without `gpu`" in choice.hint
-    assert isinstance(place([node("a")._replace(need_gpus=1, total_gpus=1, free_gpus=1)]), Placed)
+    assert isinstance(place([node("a", need_gpus=1, total_gpus=1, free_gpus=1)]), Placed)
 
 
 def test_as_few_idle_as_possible_go_the_longest_idle_first():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+from sllm_invoker.containers.zygote import STANDBY
 
 from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at, select_nothing
 from tests.e2e.fences import nothing_runs
@@ -230,14 +231,15 @@ class Scene:
         found = {}
         for pid in self.platform.processes():
             with contextlib.suppress(OSError):
-                if b"sllm_invoker.containers.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                standby = Path(f"/proc/{pid}/comm").read_text().strip() == STANDBY
+                if not standby and b"sllm_invoker.containers.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
                     found[pid] = (int(fields[1]), int(fields[19]))
         return dict(sorted(found.items(), key=lambda item: item[1][1]))
 
     def _containers(self) -> set[int]:
         """Those that serve an instance: forked by a template, which the libraries' zygote forked, which a node's first
-        one forked. They outlive their template, and are the invoker's children then."""
+        one forked. They outlive their template, and are the invoker's children then. Those that stand by serve none."""
         generations: dict[int, int] = {}
         invokers: set[int] = set()
         for pid, (parent, _) in self._zygotes().items():

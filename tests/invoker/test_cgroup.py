@@ -23,6 +23,10 @@ def test_a_group_with_a_limit_is_made_and_removed(
     groups = Cgroups("node-0", tmp_path)
     (made,) = groups.make("ins-1", 64)
     assert Path(made).parent == parent and (Path(made) / file).read_text() == str(64 * 2**20)
+    groups.limit("ins-1", 65)
+    assert (Path(made) / file).read_text() == str(65 * 2**20)
+    groups.limit("ins-1", 0)
+    assert (Path(made) / file).read_text() == ("max" if file == "memory.max" else "-1")
     (Path(made) / "memory.events").write_text("oom 1\noom_kill 1\n")
     assert groups.killed_for_memory("ins-1")
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from sllm_faas.errors import SllmError
 from sllm_faas.spec import FunctionSpec, MethodSpec
 
 from .conftest import Containers
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Turns of the loop until it holds: what is waited for is another process's, or the loop's own, and sends no event
+    to a test."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 async def test_output_below_python_is_read_to_the_end(containers: Containers) -> None:
@@ -81,8 +90,7 @@ async def test_a_layer_that_lives_serves_though_the_one_below_it_died(containers
     libs = instance and tree.look(instance.parent)
     assert libs and libs.parent != os.getpid()
     os.kill(libs.parent, signal.SIGKILL)
-    while "base" in containers.runtime.pool.layers():
-        await asyncio.sleep(0)
+    await until(lambda: "base" not in containers.runtime.pool.layers())
     two = await containers.start("two", spec=code)
     assert (two.handle.warmth, two.handle.made) == ("libs", ())
     await two.says("up two")
@@ -98,6 +106,68 @@ async def test_an_instance_inherits_no_descriptor_of_its_zygotes(containers: Con
 async def test_two_instances_draw_different_numbers(containers: Containers) -> None:
     texts = [await (await containers.start(name, "random")).says("up") for name in ("one", "two")]
     assert texts[0].splitlines()[0] != texts[1].splitlines()[0]
+
+
+async def standby_of(containers: Containers, key: str = "base") -> int:
+    """The process that will be the next instance of that layer, once it waits for that."""
+    link = containers.runtime._zygotes[key]
+    await until(lambda: link.standby != 0)
+    return link.standby
+
+
+async def test_the_next_instance_is_the_process_that_stood_by(containers: Containers) -> None:
+    one = await containers.start("one", "random")
+    ahead = await standby_of(containers)
+    two = await containers.start("two", "random")
+    three = await containers.start("three", "random")
+    assert two.handle.pid == ahead != three.handle.pid
+    drawn = {(await each.says("up")).splitlines()[0] for each in (one, two, three)}
+    assert len(drawn) == 3
+    assert await two.handle.stop(0) == Exited(-signal.SIGKILL)
+    assert await standby_of(containers) != ahead
+
+
+async def test_one_that_stood_by_tells_its_exit_status(containers: Containers) -> None:
+    await containers.start("one")
+    await standby_of(containers)
+    two = await containers.start("two", "exit")
+    assert await two.ends() == Exited(3)
+
+
+async def test_one_that_stood_by_inherits_no_descriptor(containers: Containers) -> None:
+    await containers.start("one")
+    await standby_of(containers)
+    text = await (await containers.start("two", "descriptors")).says("up two")
+    fds = [int(word) for word in text.splitlines()[0].split()[1:]]
+    assert len(fds) <= 5, text
+
+
+async def test_one_that_dies_while_it_stands_by_is_done_without(containers: Containers) -> None:
+    one = await containers.start("one")
+    ahead = await standby_of(containers)
+    os.kill(ahead, signal.SIGKILL)
+    await until(lambda: containers.runtime._zygotes["base"].standby == 0)
+    two = await containers.start("two")
+    assert await two.says("up two")
+    assert two.handle.pid != ahead and one.handle.exited is None
+    assert await standby_of(containers) != ahead
+
+
+async def test_one_that_stands_by_ends_with_its_zygote(containers: Containers) -> None:
+    one = await containers.start("one")
+    ahead = await standby_of(containers)
+    base = tree.look(one.handle.pid)
+    assert base
+    os.kill(base.parent, signal.SIGKILL)
+    await until(lambda: not tree.alive(ahead))
+
+
+async def test_one_that_stands_by_is_memory_of_its_layer(containers: Containers) -> None:
+    code = FunctionSpec("f", module="m", qualname="f", methods=(MethodSpec("f"),), libs=("numpy",))
+    await containers.start("one", spec=code)
+    alone = containers.runtime.pool.memory_mb()
+    await standby_of(containers, "libs:numpy")
+    await until(lambda: containers.runtime.pool.memory_mb() > alone)
 
 
 async def test_a_template_that_cannot_be_prepared_is_the_starters_error(
@@ -144,11 +214,12 @@ async def test_a_zygote_that_died_is_made_again_before_anybody_needs_it(containe
     base = tree.look(one.handle.pid or 0)
     assert base
     os.kill(base.parent, signal.SIGKILL)
-    async with asyncio.timeout(20):
-        while "base" in containers.runtime.pool:
-            await asyncio.sleep(0)
-        while "base" not in containers.runtime.pool:
-            containers.runtime.tidy()
-            await asyncio.sleep(0)
+    await until(lambda: "base" not in containers.runtime.pool)
+
+    def made_again() -> bool:
+        containers.runtime.tidy()
+        return "base" in containers.runtime.pool
+
+    await until(made_again)
     two = await containers.start("two")
     assert two.handle.warmth == "base"

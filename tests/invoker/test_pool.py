@@ -127,6 +127,15 @@ def test_over_the_memory_budget_the_least_valuable_goes_first() -> None:
     assert pool.surplus(4.0) == ["template:2", "template:0"]
 
 
+def test_what_a_layer_holds_may_become_more() -> None:
+    pool = Pool()
+    admit(pool, [template(0)])
+    before = pool.memory_mb()
+    pool.weigh(template(0).key, before + 10.0)
+    pool.weigh("template:gone", 1e6)
+    assert pool.memory_mb() == before + 10.0
+
+
 def test_what_two_share_is_worth_the_sum_of_their_starts() -> None:
     shared, own = Usage(0.0), Usage(0.0)
     for k in range(1, 10):

@@ -1,7 +1,7 @@
 """A memory limit around a container, where the machine allows one: control groups, version 1 or 2.
 
-Everything about the two layouts is in here; others see `Cgroups.make(name, limit)` and `remove(name)`. Where no
-group may be made (not root, read-only, delegated elsewhere) this does nothing, and says so once.
+Everything about the two layouts is in here; others see `Cgroups.make(name, limit)`, `limit` and `remove(name)`. Where
+no group may be made (not root, read-only, delegated elsewhere) this does nothing, and says so once.
 
 Not accounting: the limit is a fence against one container taking the node, so it is far above what a
 function says it needs, and page cache of mapped weights counts in it only until the kernel reclaims it.
@@ -64,13 +64,25 @@ class Cgroups:
         path = self._path(name)
         try:
             path.mkdir(exist_ok=True)
-            (path / self._parent[1]).write_text(str(limit_mb * 1024 * 1024))
+            self._limit(path, limit_mb)
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.rmdir()
             self._unavailable(f"{path.parent} cannot be used: {error.strerror}")
             return []
         return [str(path)]
+
+    def limit(self, name: str, limit_mb: int) -> None:
+        """Another limit for a group there is; 0: none."""
+        if self._parent is not None:
+            with contextlib.suppress(OSError):
+                self._limit(self._path(name), limit_mb)
+
+    def _limit(self, path: Path, limit_mb: int) -> None:
+        assert self._parent is not None
+        file = self._parent[1]
+        without = "max" if file == "memory.max" else "-1"
+        (path / file).write_text(str(limit_mb * 1024 * 1024) if limit_mb > 0 else without)
 
     def remove(self, name: str) -> None:
         """Of a container whose processes are gone."""

@@ -72,6 +72,12 @@ class Pool:
         while len(self._usage) > REMEMBERED:
             self._usage.popitem(last=False)
 
+    def weigh(self, key: str, memory_mb: float) -> None:
+        """It holds so many MiB, as far as it exists."""
+        if key in self._layers:
+            layer, cost = self._layers[key]
+            self._layers[key] = (layer, Cost(cost.seconds, memory_mb))
+
     def use(self, layers: Sequence[Layer], now: float) -> None:
         """An instance goes through `layers`: each restarts its keep-alive."""
         for layer in layers:

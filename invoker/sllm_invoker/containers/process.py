@@ -42,6 +42,8 @@ from sllm_invoker.containers.zygote_link import ZygoteDied, ZygoteLink
 
 READ = 64 * 1024
 TRIES = 4
+AHEAD_MB = 1024
+"""The memory limit of a process that was forked ahead, until it is an instance."""
 STATUS_WAIT = 0.5
 """Seconds a dead instance's zygote has to tell the exit status."""
 ONE_THREAD = {
@@ -72,6 +74,8 @@ class ProcessHandle:
         self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.gpu = ""
         """The device it holds."""
+        self.group = ""
+        """The name of its control group."""
         self._pidfd = -1
         self._on_event = on_event
         self._pipes: dict[int, Literal["stdout", "stderr"]] = {}
@@ -180,6 +184,8 @@ class ProcessRuntime:
         self._handles: dict[int, ProcessHandle] = {}
         self._cgroups = Cgroups(node)
         self._cgroups.clean()
+        self._groups: dict[int, str] = {}
+        """By process that was forked ahead and is no instance yet."""
         self._closed = False
         self._sweeper: asyncio.Task[int] | None = None
         self._refilling: set[asyncio.Task[None]] = set()
@@ -222,7 +228,12 @@ class ProcessRuntime:
 
     async def _fork(self, handle: ProcessHandle, parent: ZygoteLink) -> ProcessHandle:
         spec = handle.spec
-        groups = self._cgroups.make(spec.name, spec.memory_limit_mb)
+        ahead, groups = parent.claim(), list[str]()
+        handle.group = self._groups.pop(ahead, spec.name)
+        if ahead:
+            self._cgroups.limit(handle.group, spec.memory_limit_mb)
+        else:
+            groups = self._cgroups.make(handle.group, spec.memory_limit_mb)
         config = _memfd(spec.config)
         out_r, out_w = os.pipe2(os.O_CLOEXEC)
         err_r, err_w = os.pipe2(os.O_CLOEXEC)
@@ -231,10 +242,17 @@ class ProcessRuntime:
             message = {"op": "instance", "entry": self._entry, "cgroups": groups, "fds": list(given)}
             fds = [config, out_w, err_w, *given.values()]
             pid, pidfd = await parent.request(message, fds)
+            if ahead not in (0, pid):
+                tree.kill(pid)
+                os.close(pidfd)
+                raise ZygoteDied(f"the process that {parent.layer.key} had forked ahead died")
         except BaseException:
             os.close(out_r)
             os.close(err_r)
-            self._cgroups.remove(spec.name)
+            if ahead:
+                self._groups[ahead] = handle.group  # removed when that process is gone
+            else:
+                self._cgroups.remove(handle.group)
             raise
         finally:
             for fd in (config, out_w, err_w):
@@ -261,9 +279,9 @@ class ProcessRuntime:
         left = await self._tree.sweep()
         if left:
             self._log.warning("processes_left_behind", instance=handle.spec.name, killed=left)
-        if self._cgroups.killed_for_memory(handle.spec.name):
+        if self._cgroups.killed_for_memory(handle.group):
             self._log.warning("memory_limit_reached", instance=handle.spec.name, limit_mb=handle.spec.memory_limit_mb)
-        self._cgroups.remove(handle.spec.name)
+        self._cgroups.remove(handle.group)
         if handle.gpu:
             await self.gpus.give_back(handle.gpu)
         return status
@@ -288,6 +306,9 @@ class ProcessRuntime:
         """End the zygotes that are not worth their memory any more, and make those again that died and are; workers of
         GPUs too."""
         self.gpus.tidy()
+        for pid in [pid for pid in self._groups if not tree.alive(pid)]:
+            self._cgroups.remove(self._groups.pop(pid))
+            self._tree.remove(pid)
         now = self._loop.time()
         for key in self.pool.surplus(now):
             self.pool.leave(key)
@@ -296,7 +317,7 @@ class ProcessRuntime:
             if found is not None:
                 self._log.info("zygote_ended", layer=key, pid=found.pid)
                 found.close()
-                self._tree.remove(found.pid)
+                self._disown(found)
         missing = self.pool.missing(now)
         for key in [key for key in self._recipes if key not in self._making and not self.pool.knows(key)]:
             del self._recipes[key]
@@ -363,7 +384,8 @@ class ProcessRuntime:
             raise ZygoteDied(f"zygote {layer.key} died while it was made")
         if answer["threads"] != 1:
             self._log.warning("zygote_has_threads", layer=layer.key, threads=answer["threads"])
-        cost = Cost(answer["seconds"], await asyncio.to_thread(tree.private_mb, made.pid))
+        made.memory_mb = await asyncio.to_thread(tree.private_mb, made.pid)
+        cost = Cost(answer["seconds"], made.memory_mb)
         self._log.info(
             "zygote_ready",
             layer=layer.key,
@@ -402,7 +424,7 @@ class ProcessRuntime:
     def _link(self, layer: Layer) -> Iterator[tuple[ZygoteLink, socket.socket]]:
         """A link, and the end of it for the process that is started within the block; ours from then on."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        made = ZygoteLink(layer, ours, self._child_exited)
+        made = ZygoteLink(layer, ours, self._child_exited, self._forked_ahead)
         try:
             yield made, theirs
         except BaseException:
@@ -445,12 +467,33 @@ class ProcessRuntime:
         os.close(pidfd)
         return pid
 
+    def _forked_ahead(self, link: ZygoteLink, pid: int) -> None:
+        task = self._loop.create_task(self._take_in(link, pid))
+        self._refilling.add(task)
+        task.add_done_callback(self._refilling.discard)
+
+    async def _take_in(self, link: ZygoteLink, pid: int) -> None:
+        """Its memory is its layer's, and it enters the group of the instance that it will be: the kernel takes its time
+        for that."""
+        if self._zygotes.get(link.layer.key) is link:
+            self.pool.weigh(link.layer.key, link.memory_mb + await asyncio.to_thread(tree.private_mb, pid))
+        name = f"ahead-{pid}"
+        await asyncio.to_thread(zygote.enter, self._cgroups.make(name, AHEAD_MB), pid)
+        self._groups[pid] = name
+        self._tree.add(pid)
+        link.agree(pid)
+
+    def _disown(self, link: ZygoteLink) -> None:
+        """What is left of it and of the process it had forked ahead is nobody's: a sweep ends it."""
+        self._tree.remove(link.pid)
+        self._tree.remove(link.standby)
+
     def _zygote_ended(self, ended: ZygoteLink) -> None:
         key = ended.layer.key
         if self._closed or self._zygotes.get(key) is not ended:
             return
         del self._zygotes[key]
-        self._tree.remove(ended.pid)
+        self._disown(ended)
         wait = self.pool.died(key, self._loop.time())
         self._log.warning("zygote_died", layer=key, pid=ended.pid, retry_after=wait)
         self._sweeper = self._loop.create_task(self._tree.sweep())
@@ -463,7 +506,7 @@ class ProcessRuntime:
         await asyncio.gather(*(handle.stop(0) for handle in list(self._handles.values())))
         for found in self._zygotes.values():
             found.close()
-            self._tree.remove(found.pid)
+            self._disown(found)
         self._zygotes.clear()
         os.close(self._lifeline_w)
         os.close(self._lifeline_r)

@@ -9,7 +9,13 @@ secret travel as memfds:
             ─► {"op": "instance", "request", "entry", "cgroups", "fds"} + [config memfd, stdout, stderr, *those of fds]
             ◄─ {"op": "forked", "request", "pid"} + [pidfd]   |  {"op": "failed", "request", "error"}
             ◄─ {"op": "exited", "pid", "status"}
+            ◄─ {"op": "standby", "pid"}     one waits; 0: it has ended
+            ─► {"op": "standby", "pid"}     it may become an instance
     a new layer, on its own control end ─► {"op": "ready", "seconds", "threads"} | {"op": "error", "info"}
+
+Off the critical path it forks one process ahead (`Standby`), which does what can be done before it is known whose
+instance it is to be, and waits: the next instance is that one. Whoever asks before the invoker has agreed to that gets
+a new fork.
 
 Invariants: nothing here starts a thread or runs user code before the last fork; whoever holds the lifeline's read
 end dies with its invoker — the kernel sends SIGKILL to the process group at its end of file, so even code that
@@ -34,6 +40,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +51,13 @@ ENTRY = "sllm_invoker.runner.main:run"
 BASE_MODULES = ("asyncio", "sllm", "sllm_invoker.runner.main", "sllm_invoker.runner.template")
 OOM_SCORE = 500
 """Above the invoker's 0: an instance is killed before the process that owns it."""
+
+REST = 0.3
+"""Seconds without a request after which a process is forked ahead: until then the cores are for those that start."""
+STANDBY, INSTANCE = "sllm-standby", "sllm-instance"
+"""Names of processes."""
+OOM_STANDBY = 1000
+"""The first to be killed: nobody has it yet."""
 
 _F_SETSIG = 10
 _PR_SET_CHILD_SUBREAPER = 36
@@ -91,6 +106,16 @@ def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+@dataclass(slots=True)
+class Standby:
+    """A process forked ahead, and the end of a socket pair on which it waits for an "instance" message; at its end of
+    file it ends."""
+
+    pid: int
+    control: socket.socket
+    ready: bool = False
+
+
 class Zygote:
     def __init__(self, control: socket.socket, lifeline: int, armed: int) -> None:
         self._control = control
@@ -98,21 +123,29 @@ class Zygote:
         self._lifeline = lifeline
         """The inherited end, never armed itself: armed ones are opened anew from it in every process."""
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller = select.poll()
+        self._standby: Standby | None = None
+        self._ahead = True
+        """Whether to fork ahead: not after one that ended by itself, until an instance has been asked for."""
 
     def serve(self) -> NoReturn:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         gc.collect()
         gc.freeze()
-        poller = select.poll()
-        poller.register(self._control, select.POLLIN)
-        poller.register(self._wake_r, select.POLLIN)
+        self._poller.register(self._control, select.POLLIN)
+        self._poller.register(self._wake_r, select.POLLIN)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while True:
-                ready = {fd for fd, _ in poller.poll()}
+                lacking = self._ahead and self._standby is None
+                ready = {fd for fd, _ in self._poller.poll(1000 * REST if lacking else None)}
+                if not ready:
+                    self._fork_ahead()
                 if self._wake_r in ready:
                     os.read(self._wake_r, 4096)
                     self._reap()
+                if self._standby is not None and self._standby.control.fileno() in ready:
+                    self._hear(self._standby)
                 if self._control.fileno() in ready:
                     message = receive(self._control)
                     if message is None:
@@ -129,12 +162,12 @@ class Zygote:
                 send(self._control, {"op": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        if message["op"] == "standby":
+            if self._standby is not None and self._standby.pid == message["pid"]:
+                self._standby.ready = True
+            return
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            pid = os.fork()
-            if not pid:
-                self._child(message, fds)
+            pid = self._hand_over(message, fds) or self._fork(lambda: self._become(message, fds))
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             send(self._control, {"op": "failed", "request": message["request"], "error": str(error)})
@@ -145,7 +178,16 @@ class Zygote:
             for fd in fds:
                 os.close(fd)
 
-    def _child(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
+    def _fork(self, life: Callable[[], NoReturn]) -> int:
+        """A child that lives that life, a session of its own. Raises OSError."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if not pid:
+            self._child(life)
+        return pid
+
+    def _child(self, life: Callable[[], NoReturn]) -> NoReturn:
         status = 70
         try:
             signal.set_wakeup_fd(-1)
@@ -154,9 +196,9 @@ class Zygote:
             self._control.close()
             for fd in (self._wake_r, self._wake_w, self._armed):
                 os.close(fd)
-            if message["op"] == "layer":
-                self._layer(message, fds)
-            become_instance(message, fds, self._lifeline)
+            if self._standby is not None:
+                self._standby.control.close()
+            life()
         except SystemExit as leave:
             status = leave.code if isinstance(leave.code, int) else 1
         except BaseException:
@@ -165,6 +207,75 @@ class Zygote:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
             os._exit(status)
+
+    def _become(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
+        if message["op"] == "layer":
+            self._layer(message, fds)
+        become_instance(message, fds, self._lifeline)
+
+    # -- one ahead -------------------------------------------------------------------------------------------
+
+    def _fork_ahead(self) -> None:
+        from sllm_invoker.runner import template
+
+        template.warm_up()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = self._fork(lambda: self._stand_by(ours, theirs))
+        except OSError:  # no room for it: it can be done without
+            self._ahead = False
+            ours.close()
+        else:
+            self._standby = Standby(pid, ours)
+            self._poller.register(ours, select.POLLIN)
+        theirs.close()
+
+    def _stand_by(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+        from sllm_invoker.runner import template
+
+        ours.close()
+        armed = arm_lifeline(self._lifeline)
+        _call(STANDBY)
+        _accept_the_killer(OOM_STANDBY)
+        template.rehearse()
+        send(theirs, {"op": "ready"})
+        received = receive(theirs)
+        if received is None:
+            os._exit(0)
+        theirs.close()
+        os.close(armed)  # the instance arms its own
+        become_instance(*received, self._lifeline)
+
+    def _hear(self, standby: Standby) -> None:
+        """It waits, or it has ended."""
+        said = None
+        with contextlib.suppress(OSError):
+            said = receive(standby.control)
+        if said is None:
+            self._ahead = False
+            self._let_go(standby)
+        send(self._control, {"op": "standby", "pid": standby.pid if said is not None else 0})
+
+    def _hand_over(self, message: dict[str, Any], fds: list[int]) -> int:
+        """Its number, if one is ready to be the instance; 0: none is."""
+        if message["op"] != "instance":
+            return 0
+        self._ahead = True
+        standby = self._standby
+        if standby is None or not standby.ready:
+            return 0
+        try:
+            send(standby.control, message, fds)
+        except OSError:  # it has just ended
+            return 0
+        finally:
+            self._let_go(standby)
+        return standby.pid
+
+    def _let_go(self, standby: Standby) -> None:
+        self._poller.unregister(standby.control)
+        standby.control.close()
+        self._standby = None
 
     def _layer(self, message: dict[str, Any], fds: list[int]) -> NoReturn:
         control = socket.socket(fileno=fds[0])
@@ -192,11 +303,11 @@ class Zygote:
 def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> NoReturn:
     """What a process does that is to be the instance an "instance" message describes; `lifeline` is closed."""
     # Moving into a group waits for the kernel (15 ms): beside everything that runs no user code.
-    entering = threading.Thread(target=_enter, args=(message["cgroups"],), name="cgroup")
+    entering = threading.Thread(target=enter, args=(message["cgroups"], os.getpid()), name="cgroup")
     entering.start()
     become_subreaper()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    _call(INSTANCE)
+    _accept_the_killer(OOM_SCORE)
     config_fd, out, err, *rest = fds
     config = read_memfd(config_fd)
     os.dup2(out, 1)
@@ -213,10 +324,22 @@ def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> N
     os._exit(0)
 
 
-def _enter(groups: list[str]) -> None:
+def _call(name: str) -> None:
+    """As `ps` shows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
+def _accept_the_killer(score: int) -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+
+
+def enter(groups: list[str], pid: int) -> None:
+    """Move the process into those groups."""
     for group in groups:
         with contextlib.suppress(OSError):  # no limit then; said once by whoever made the group
-            Path(group, "cgroup.procs").write_text(str(os.getpid()))
+            Path(group, "cgroup.procs").write_text(str(pid))
 
 
 def describe(error: BaseException) -> dict[str, Any]:

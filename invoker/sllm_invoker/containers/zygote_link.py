@@ -25,13 +25,26 @@ class ZygoteDied(ForkFailed):
 
 
 class ZygoteLink:
-    """The invoker's end of one zygote. `ready` resolves to its first message, `ended` when it is gone."""
+    """The invoker's end of one zygote. `ready` resolves to its first message, `ended` when it is gone.
+    `on_standby(link, pid)`: a process that it has forked ahead of need waits; once it is agreed to (`agree`), it is the
+    next instance that is asked for."""
 
-    def __init__(self, layer: Layer, control: socket.socket, on_exit: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        control: socket.socket,
+        on_exit: Callable[[int, int], None],
+        on_standby: Callable[[ZygoteLink, int], None],
+    ) -> None:
         self.layer = layer
         self.pid = 0
+        self.standby = 0
+        """The process that will be the next instance asked for; 0: one that is forked then."""
+        self.memory_mb = 0.0
+        """What it held for itself alone when it was ready."""
         self._control = control
         self._on_exit = on_exit
+        self._on_standby = on_standby
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -52,6 +65,18 @@ class ZygoteLink:
         self._queue.append(({**message, "request": self._next}, [os.dup(fd) for fd in fds]))
         self._flush()
         return future
+
+    def agree(self, pid: int) -> None:
+        """To the process that waits being the next instance."""
+        if not self.ended.done():
+            self.standby = pid
+            self._queue.append(({"op": "standby", "pid": pid}, []))
+            self._flush()
+
+    def claim(self) -> int:
+        """The process that will be the instance requested next, if one was agreed to; 0: it will be a new one."""
+        claimed, self.standby = self.standby, 0
+        return claimed
 
     def _flush(self) -> None:
         try:
@@ -84,6 +109,10 @@ class ZygoteLink:
                     self.ready.set_result(message)
             case "exited":
                 self._on_exit(message["pid"], message["status"])
+            case "standby":
+                self.standby = 0
+                if message["pid"]:
+                    self._on_standby(self, message["pid"])
             case "forked":
                 future = self._requests.pop(message["request"], None)
                 if future is None or future.done():

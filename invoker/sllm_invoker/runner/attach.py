@@ -240,19 +240,25 @@ def end_tokens(directory: Path) -> frozenset[int]:
     return frozenset()
 
 
-def model_tensors(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
-    """Every tensor a module tree holds, aliases included: parameters, buffers of either sort, attributes."""
+def tensor_places(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor, dict[str, Any]]]:
+    """Every tensor a module tree holds, aliases included, and what holds it under the last part of its name:
+    parameters, buffers of either sort, attributes. Other tensors may be put in their place meanwhile."""
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                yield dot + name, "parameter", tensor
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                yield dot + name, "buffer", tensor
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                yield dot + name, "attribute", value
+        holders: tuple[tuple[TensorKind, dict[str, Any]], ...] = (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("attribute", vars(module)),
+        )
+        for kind, holder in holders:
+            for name, tensor in holder.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield dot + name, kind, tensor, holder
+
+
+def model_tensors(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
+    """Those without their holders."""
+    return ((name, kind, tensor) for name, kind, tensor, _ in tensor_places(model))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ SWITCH_INTERVAL = 0.001
 
 def run(config: InstanceConfig, confined: Callable[[], None] = lambda: None) -> NoReturn:
     """Serve (or check) and end the process: status 0 after an orderly end, 1 when the start failed. `confined` returns
-    when the limits on this process are in force: no user code runs before."""
+    when the limits on this process are in force: no user code runs before. A language model has none, and starts."""
     status = EXIT_INTERNAL
     try:
         _become(config)
@@ -163,7 +163,6 @@ class _Process:
         with self._clock.span("attach", detail):
             model = llm.open_model(config.spec, config.object_dir, config.weights)
             detail.append(model.attached)
-        self._confined()
         host = self._host = LoopHost(threaded=False)
         executors = llm.executors(model, host.loop, config.spec.concurrency)
         try:

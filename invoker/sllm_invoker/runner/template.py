@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sllm_faas.spec import FunctionSpec
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from sllm_invoker.runner.attach import Skeleton
 
 _skeleton: Skeleton | None = None
+_small: Any = None
+"""What those that are forked from here rehearse with; None: nothing, or not made yet."""
+_warm = False
 
 
 MODEL_MODULES = (
@@ -60,6 +65,43 @@ def prepare(spec: FunctionSpec, object_dir: str) -> object:
         gc.collect()
         gc.freeze()
     return _skeleton
+
+
+def warm_up() -> None:
+    """Once, when nobody has asked for anything for a moment: make what is rehearsed with, and run through it, so that
+    what the libraries make for a first pass is there before the fork. Best effort."""
+    global _small, _warm
+    if _skeleton is not None and not _warm:
+        _warm = True
+        with contextlib.suppress(Exception):
+            from sllm_invoker.runner import rehearsal
+
+            small = rehearsal.small(_skeleton)
+            rehearsal.run(_skeleton, small)
+            _small = small
+        gc.collect()
+        gc.freeze()
+
+
+def rehearse() -> None:
+    """Do what an instance does first, once, in a process that waits to become one and is never forked from. Best
+    effort: an instance that was not rehearsed is slower, no more. In a thread, because a thread can be of the lowest
+    priority for good, and a process could not become of a higher one again."""
+    global _small
+    if _skeleton is not None and _small is not None:
+        working = threading.Thread(target=_rehearse, args=(_skeleton, _small), name="rehearsal")
+        working.start()
+        working.join()
+    _small = None
+
+
+def _rehearse(skeleton: Skeleton, small: Any) -> None:
+    with contextlib.suppress(Exception):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        from sllm_invoker.runner import rehearsal
+
+        sys.modules["torch"].set_num_threads(rehearsal.threads(skeleton))
+        rehearsal.run(skeleton, small)
 
 
 def take_skeleton(spec: FunctionSpec, object_dir: str) -> Skeleton:
