@@ -43,6 +43,8 @@ BODIES: dict[str, tuple[str, Any]] = {
 }
 DRAM_MB = 384
 """Of each node: one of the two models, and a slab to spare."""
+REST = 1.0
+"""Seconds before each round without a request: an idle function is what starts cold."""
 SETTLE = 0.2
 """Seconds until the controller knows that nothing runs any more: what is stopped then is not started anew."""
 HEADER = [
@@ -154,6 +156,7 @@ async def drive(platform: Platform, count: int, limit: float) -> tuple[list[Star
             if number % 6 == 0:
                 await driver.renew(rng.choice(NODES))
             await driver.only(rng.choice((*NODES, None)))
+            await asyncio.sleep(REST)
             await driver.round(rng.sample(names, rng.choice((1, 1, 2, 4))))
         text = (await client.get("/metrics")).raise_for_status().text
         exported = next(line for line in text.splitlines() if line.startswith("sllm_start_error_seconds_count"))
