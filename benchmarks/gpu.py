@@ -5,7 +5,8 @@
     attach   DRAM tier → a model on the device → the first token of a 16-token prompt, in a process that is ready for it
     peers    the same model and prompt by `from_pretrained` and by safetensors' `load_file`, each in a new process whose
              clock starts when everything is imported, the context made and the file in the page cache
-    served   the same over HTTP: no instance runs, the checkpoint is in the DRAM tier, a worker waits on the GPU
+    served   the same over HTTP: no instance runs, the checkpoint is in the DRAM tier, a worker waits on the GPU; and in
+             turn with that, starts for which the instance before left the layers on the GPU
 
 A section that fails says so and the others go on: device time is short. Random bf16 Llamas, made on the spot.
 Without a CUDA device nothing is measured, and that is no error.
@@ -47,6 +48,10 @@ import sllm
 
 app = sllm.App("cold")
 app.llm("a", checkpoint=sllm.Checkpoint({path!r}), gpu=1, concurrency=1, scaledown_window=3600, max_containers=1)
+
+@app.function(gpu="any")
+def empty(x: int) -> int:
+    return x
 """
 PEER = """
 import json, os, sys, time
@@ -307,27 +312,38 @@ def served(shape: str, root: Path, rounds: int, report: Report) -> None:
 
     source = root / shape
     size = (source / "model.safetensors").stat().st_size // 2**20
-    starts, warm = [], []
+    starts: dict[bool, list[float]] = {False: [], True: []}
+    """By whether the layers were on the GPU."""
+    warm = []
     with platform_up("--dram-mb", str(size * 5 // 4 + 256)) as platform:
         app = platform.state / "gpu_app.py"
         app.write_text(APP.format(path=str(source)))
         platform.sllm("deploy", str(app))
         client = Client(platform)
-        for number in range(rounds + 1):
+        for number in range(2 * rounds + 2):
             cold = client.first_token("a")
             spans = {name: f"{at * 1e3:.0f}+{took * 1e3:.0f} {note}" for name, (at, took, note) in cold.spans.items()}
             print(f"{number}: {cold.seconds * 1e3:.0f} ms", spans, flush=True)
-            if number:
+            there = "tier=gpu" in cold.spans["attach"][2]
+            if there and number % 2 == 0:
+                raise SystemExit("wanted a start from dram, and the layers were on the GPU")
+            if number > 1:
                 if cold.tier != "dram":
                     raise SystemExit(f"wanted a start from dram, got one from {cold.tier}")
-                starts.append(cold.seconds)
+                starts[there].append(cold.seconds)
             warm.append(client.first_token("a").seconds)
             client.stop_all()
+            if number % 2:
+                platform.sllm("invoke", "cold/empty", '{"x": 1}')  # code that takes the GPU finds it empty
+                client.stop_all()
             time.sleep(10.0)  # the next worker comes up
-    report.figure(f"{shape}_served_dram_first_token_ms", statistics.median(starts) * 1e3)
-    report.figure(f"{shape}_served_warm_first_token_ms", statistics.median(warm) * 1e3)
-    print(f"{shape} over HTTP: DRAM tier {statistics.median(starts) * 1e3:.0f} ms", end=", ")
-    print(f"warm {statistics.median(warm) * 1e3:.0f} ms")
+    figures = {"dram": starts[False], "gpu_tier": starts[True], "warm": warm}
+    for name, seconds in figures.items():
+        if not seconds:
+            print("nothing was kept on the GPU between instances")
+            continue
+        report.figure(f"{shape}_served_{name}_first_token_ms", statistics.median(seconds) * 1e3)
+        print(f"{shape} over HTTP, {name}: {statistics.median(seconds) * 1e3:.0f} ms")
 
 
 if __name__ == "__main__":

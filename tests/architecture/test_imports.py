@@ -73,6 +73,7 @@ PURE = [
     "sllm_faas/controller/locality.py",
     "invoker/sllm_invoker/containers/pool.py",
     "invoker/sllm_invoker/containers/gpus.py",
+    "invoker/sllm_invoker/containers/residency.py",
     "invoker/sllm_invoker/checkpoints/slab_book.py",
     "invoker/sllm_invoker/checkpoints/eviction.py",
 ]

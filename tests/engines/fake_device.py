@@ -1,15 +1,18 @@
-"""A device of plain memory whose copies happen when somebody waits for them, and not before."""
+"""A device of plain memory whose copies happen when somebody waits for them, and not before. What it shares is a memfd,
+which other processes map for real."""
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
 from collections import deque
 from typing import Any
 
 import torch
-from sllm_invoker.runner.device import Memory
+from sllm_invoker.runner.device import Memory, Shared
 
-from sllm_faas.errors import NoCapacity
+from sllm_faas.errors import NoCapacity, PlatformError
 
 
 class FakeEvent:
@@ -26,12 +29,14 @@ class FakeEvent:
 
 
 class FakeDevice:
-    """`calls` are in order; `copied` counts the copies that have happened. What was not copied reads as ones."""
+    """`calls` are in order; `copied` counts the copies that have happened. What was not copied reads as ones.
+    `shares`: whether there is memory for several processes."""
 
     place = torch.device("cpu")
 
-    def __init__(self, total: int = 1 << 30, *, refuses: bool = False) -> None:
+    def __init__(self, total: int = 1 << 30, *, refuses: bool = False, shares: bool = True) -> None:
         self.total = self.free = total
+        self.shares = shares
         self.refuses = refuses
         self.calls: list[tuple[Any, ...]] = []
         self.registered: dict[int, int] = {}
@@ -50,6 +55,25 @@ class FakeDevice:
         self.free -= size
         self.calls.append(("allocate", size))
         return torch.full((size,), 0xFF, dtype=torch.uint8)
+
+    def share(self, size: int) -> Shared | None:
+        if not self.shares:
+            return None
+        if size > self.free:
+            raise NoCapacity(f"{size} bytes are needed")
+        self.free -= size
+        self.calls.append(("share", size))
+        descriptor = os.memfd_create("device", os.MFD_CLOEXEC)
+        os.truncate(descriptor, size)
+        memory = _mapped(descriptor, size)
+        return Shared(memory.fill_(0xFF), descriptor)
+
+    def open(self, descriptor: int, size: int) -> torch.Tensor:
+        self.calls.append(("open", size))
+        try:
+            return _mapped(descriptor, size)
+        except (OSError, ValueError) as error:
+            raise PlatformError(f"no memory of this device: {error}") from error
 
     def trim(self) -> None:
         self.calls.append(("trim",))
@@ -79,3 +103,7 @@ class FakeDevice:
                 target, source = self._queue.popleft()
                 target.copy_(source)
                 self.copied += 1
+
+
+def _mapped(descriptor: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)

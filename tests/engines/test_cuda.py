@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -48,6 +54,66 @@ def test_slabs_mapped_shared_can_be_registered_read_only_and_a_refusal_breaks_no
         device.unregister(mapping.address)
     assert not device.register(ctypes.addressof(ctypes.c_ubyte()) & ~(mmap.PAGESIZE - 1), 1 << 40)
     assert float(torch.ones(4, device=device.place).sum()) == 4.0
+
+
+MAKER = """
+import os, signal, socket, sys, torch
+from sllm_invoker.runner import cuda
+device = cuda.open_stage().device
+shared = device.share(int(sys.argv[2]))
+device.copy(shared.memory, torch.full((int(sys.argv[2]),), 7, dtype=torch.uint8))
+device.record().wait()
+socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"there"], [shared.descriptor])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_memory_outlives_the_process_that_made_it_and_is_free_after_the_last_view_and_descriptor():
+    device = cuda.open_stage().device
+    if device.share(SIZE) is None:
+        pytest.skip("the driver has no memory that processes share, or cuda.bindings is missing")
+    size = 256 << 20
+    gc.collect()
+    device.trim()
+    before = device.memory().free
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        command = [sys.executable, "-c", MAKER, str(theirs.fileno()), str(size - 3)]
+        assert subprocess.run(command, pass_fds=[theirs.fileno()], check=False).returncode == -signal.SIGKILL
+        _, (descriptor,), _, _ = socket.recv_fds(ours, 100, 1)
+    assert freed(device, before - size) and not device.memory().free > before - size // 2
+    memory = device.open(descriptor, size - 3)
+    again = device.open(descriptor, size - 3)
+    os.close(descriptor)
+    assert int(memory.long().sum()) == 7 * (size - 3)
+    del memory
+    assert int(again[-1]) == 7
+    del again
+    device.trim()
+    assert freed(device, before - (64 << 20))
+
+
+def freed(device, bytes_free):
+    """Whether so much is free within moments: the driver may take its time after the end of a process."""
+    until = time.monotonic() + 5.0
+    while device.memory().free < bytes_free:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_copies_into_shared_memory_and_computing_on_it_are_as_on_other():
+    device = cuda.open_stage().device
+    if (shared := device.share(SIZE)) is None:
+        pytest.skip("the driver has no memory that processes share, or cuda.bindings is missing")
+    os.close(shared.descriptor)
+    host = torch.randn(SIZE // 4096, 1024)
+    device.copy(shared.memory, host.view(torch.uint8).flatten())
+    device.record().hold()
+    weight = shared.memory.view(torch.float32).view(-1, 1024)
+    expected = host.to(device.place)
+    assert torch.equal(weight @ expected.T, expected @ expected.T)
 
 
 def test_logits_are_those_of_the_same_model_moved_there(case):

@@ -21,7 +21,7 @@ from sllm_invoker.runner.device_weights import DeviceWeights, Stage, grouped
 from sllm_invoker.runner.engines import create
 from sllm_invoker.runner.engines.base import GenerateRequest, Sampling
 from sllm_invoker.runner.engines.rows import _reserve
-from sllm_invoker.runner.llm import device_cache, open_model
+from sllm_invoker.runner.llm import device_cache, device_room, open_model
 from sllm_invoker.runner.weights import Weights, from_file
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, NoCapacity, PlatformError, Unavailable
@@ -285,6 +285,13 @@ def test_groups_cover_all_layers_once_and_in_order(sizes, least):
 )
 def test_a_device_caches_as_many_whole_contexts_as_fit(room, per_token, context, concurrency, expected):
     assert device_cache(room, per_token, context, concurrency) == expected
+
+
+@pytest.mark.parametrize(("per_token", "context", "concurrency"), [(131_072, 8192, 4), (10, 1000, 3), (0, 1000, 2)])
+def test_the_room_an_instance_asks_for_is_what_all_its_contexts_take(per_token, context, concurrency):
+    room = device_room(per_token, context, concurrency)
+    expected = (concurrency, concurrency * context if per_token else None)
+    assert device_cache(room + 1, per_token, context, concurrency) == expected
 
 
 def test_no_room_for_a_single_token_is_an_error():

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from sllm_invoker.runner.config import InstanceConfig
+from sllm_invoker.runner.kept import Kept
 
 
 def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
@@ -22,6 +23,8 @@ def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
         print("random", random.random(), flush=True)
     if what == "gpu":
         print("sees", repr(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
+    if what.startswith("keep"):
+        _keep(config.kept, int(what.removeprefix("keep")))
     if what == "family":
         _grandchildren()
     if what == "stubborn":
@@ -38,6 +41,19 @@ def warm() -> None:
 
 def broken() -> None:
     raise RuntimeError("no driver")
+
+
+def _keep(channel: int, count: int) -> None:
+    """The weights of three groups, of which so many get whole: memory of a device, played by memfds that say who made
+    them. Says what was there."""
+    kept, ranges = Kept(channel, 0), [(number * 10, number * 10 + 10) for number in range(3)]
+    found, _ = kept.want(ranges)
+    print("found", [os.pread(found[each], 100, 0).decode() if each in found else "" for each in ranges], flush=True)
+    for number, each in enumerate(ranges[:count]):
+        if each not in found:
+            memory = os.memfd_create("device")
+            os.write(memory, f"{os.getpid()}:{number}".encode())
+            kept.whole(each, memory)
 
 
 def _grandchildren() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import ctypes
 import os
@@ -16,7 +17,7 @@ from sllm_invoker.containers import gpu_workers, nvml, tree
 from sllm_invoker.containers.gpus import SLACK, TABLE, Gpu, GpuPool
 
 from sllm_faas.errors import IllegalTransition, NoCapacity, PlatformError, StartFailed
-from sllm_faas.spec import FunctionSpec, MethodSpec
+from sllm_faas.spec import CheckpointSpec, FunctionSpec, MethodSpec
 
 from .conftest import Containers, Watched
 
@@ -86,6 +87,23 @@ def test_memory_is_back_when_only_the_waiting_workers_hold_some() -> None:
     assert pool.state("a") == "returning"
     assert pool.settle("a", 78 * GB - SLACK)
     assert pool.state("a") == "free"
+
+
+def test_what_was_left_on_a_device_on_purpose_need_not_come_back() -> None:
+    pool = pool_of("a")
+    pool.take()
+    pool.end("a")
+    assert not pool.settle("a", 60 * GB, kept=18 * GB)
+    assert pool.settle("a", 60 * GB, kept=19 * GB)
+
+
+def test_the_device_that_has_most_of_what_is_needed_comes_first_then_workers_then_the_emptiest() -> None:
+    pool = pool_of("a", "b", "c", "d")
+    pool.grown("b")
+    kept = {"a": 5, "b": 9, "c": 4, "d": 3}
+    assert pool.take({"c": 2, "a": 1}, kept) == "c"
+    assert pool.take({"c": 2}, kept) == "b"
+    assert pool.take({}, kept) == "d"
 
 
 def test_a_device_whose_memory_is_late_is_nobodys_until_it_is_back() -> None:
@@ -320,6 +338,66 @@ async def test_a_start_that_is_given_up_leaves_the_device_free(containers: Conta
     assert containers.runtime.gpus.pool.state("GPU-0") == "free"
     two: Watched = await containers.start("two", spec=CODE)
     assert [made.ours for made in two.handle.made] == [False], "the worker that was begun was not used"
+
+
+MODEL = FunctionSpec("m", kind="llm", checkpoint=CheckpointSpec("anything"), gpus=1)
+
+
+async def keeps(containers: Containers, name: str, count: int, checkpoint: str = "a") -> tuple[Watched, list[str]]:
+    """An instance that gets so many of its three groups whole, and whose those are that it found."""
+    one = await containers.start(name, f"keep{count}", MODEL, f"/objects/{checkpoint}")
+    said = await one.says(f"up {name}")
+    return one, ast.literal_eval(said.split("found ")[1].splitlines()[0])
+
+
+async def test_what_a_killed_instance_had_whole_is_the_next_ones(containers: Containers) -> None:
+    one, found = await keeps(containers, "one", 2)
+    assert found == ["", "", ""]
+    pid = one.handle.pid
+    os.kill(pid, signal.SIGKILL)
+    await one.ends()
+    two, found = await keeps(containers, "two", 3)
+    assert found == [f"{pid}:0", f"{pid}:1", ""]
+    assert containers.runtime.gpus.memory.resident() == ("a",)
+    await two.handle.stop(0)
+    _, found = await keeps(containers, "three", 3, checkpoint="b")
+    assert found == ["", "", ""], "another checkpoint's memory was handed out"
+    assert containers.runtime.gpus.memory.resident() == ("a", "b")
+
+
+async def test_code_that_takes_a_device_finds_it_empty(containers: Containers) -> None:
+    one, _ = await keeps(containers, "one", 3)
+    await one.handle.stop(0)
+    two = await containers.start("two", spec=CODE)
+    await two.says("up two")
+    assert containers.runtime.gpus.memory.resident() == ()
+    await two.handle.stop(0)
+
+
+async def test_memory_that_does_not_come_back_takes_what_is_kept_with_it(
+    containers: Containers, driver: Driver
+) -> None:
+    one, _ = await keeps(containers, "one", 3)
+    memory, free = containers.runtime.gpus.memory, driver.free
+    driver.free = lambda uuid: free(uuid) - GB * bool(memory.used(uuid))  # type: ignore[method-assign]
+    await one.handle.stop(0)
+    assert memory.resident() == ()
+    assert containers.runtime.gpus.pool.state("GPU-0") == "free"
+
+
+class TestTwo:
+    @pytest.fixture
+    def driver(self) -> Driver:
+        return Driver("GPU-0", "GPU-1")
+
+    async def test_an_instance_gets_the_device_that_has_its_checkpoint(self, containers: Containers) -> None:
+        one, _ = await keeps(containers, "one", 3)
+        two, _ = await keeps(containers, "two", 1, checkpoint="b")
+        assert (one.handle.gpu, two.handle.gpu) == ("GPU-0", "GPU-1")
+        for each in (one, two):
+            await each.handle.stop(0)
+        three, found = await keeps(containers, "three", 1, checkpoint="b")
+        assert (three.handle.gpu, found) == ("GPU-1", [f"{two.handle.pid}:0", "", ""])
 
 
 class TestBroken:

@@ -1,11 +1,12 @@
 """The workers of a node's GPUs as processes, and the look at memory when one that became an instance has ended.
 
-    take() ──► a device and the worker that waits on it, or one that is made now
-    give_back(device)  ◄── the instance's whole process tree is dead: wait until its memory is free, else the waiting
-                           workers of the device are ended too, and if that does not help nobody gets it any more
+    take(checkpoint) ──► a device and the worker that waits on it, or one that is made now
+    give_back(device)  ◄── the instance's whole process tree is dead: wait until its memory is free, but for what it
+                           left for others; else the waiting workers of the device are ended too, then what is kept
+                           there is let go of, and if that does not help nobody gets it any more
 
-Which device, how many workers, and what counts as back is `gpus`'s. Invariant: between `take` and the end of
-`give_back` nobody else gets the device.
+Which device, how many workers, and what counts as back is `gpus`'s; what is kept is `gpu_memory`'s. Invariant: between
+`take` and the end of `give_back` nobody else gets the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from sllm_faas import logging
 from sllm_invoker.containers.base import Made
+from sllm_invoker.containers.gpu_memory import GpuMemory
 from sllm_invoker.containers.gpus import GpuPool, Probe
 from sllm_invoker.containers.zygote_link import ZygoteLink
 
@@ -32,6 +34,8 @@ class Taken:
     uuid: str
     worker: ZygoteLink
     made: tuple[Made, ...]
+    kept: int = -1
+    """The instance's end of a channel to what is kept there of its checkpoint: a descriptor, the taker's to close."""
 
 
 class GpuWorkers:
@@ -44,8 +48,11 @@ class GpuWorkers:
         self._make = make
         self._end = end
         self.pool = pool or GpuPool()
+        self.memory = GpuMemory(probe.free)
         for gpu in probe.gpus():
-            self.pool.add(gpu, probe.free(gpu.uuid))
+            empty = probe.free(gpu.uuid)
+            self.pool.add(gpu, empty)
+            self.memory.add(gpu.uuid, empty)
         self._loop = asyncio.get_running_loop()
         self._log = logging.get("invoker")
         self._waiting: dict[str, list[asyncio.Task[ZygoteLink]]] = {}
@@ -61,9 +68,12 @@ class GpuWorkers:
         free = [uuid for uuid, state in self.pool.states().items() if state == "free"]
         return any(_is_up(task) for uuid in free for task in self._waiting.get(uuid, ()))
 
-    async def take(self) -> Taken:
-        """Raises NoCapacity, and what kept a worker from coming up."""
-        uuid = self.pool.take()
+    async def take(self, checkpoint: str = "") -> Taken:
+        """For an instance of `checkpoint`, whose groups stay where they are; for one of "" everything that was left on
+        the device goes. Raises NoCapacity, and what kept a worker from coming up."""
+        devices = self.pool.states()
+        held = {uuid: self.memory.held(uuid, checkpoint) for uuid in devices}
+        uuid = self.pool.take(held, {uuid: self.memory.used(uuid) for uuid in devices})
         waiting = self._waiting.setdefault(uuid, [])
         ours = not waiting
         task = waiting[0] if waiting else self._begin(uuid)
@@ -72,24 +82,32 @@ class GpuWorkers:
             worker = await asyncio.shield(task)
         except BaseException:
             self.pool.end(uuid)
-            if not self.pool.settle(uuid, self._probe.free(uuid)):
+            if not self._settles(uuid):
                 self.pool.late(uuid)  # `tidy` looks again
             raise
         waiting.remove(task)
         self.pool.became(uuid)
         made = () if up else (Made("libs", self._loop.time() - began, ours),)
-        return Taken(uuid, worker, made)
+        if not checkpoint:
+            self.memory.clear(uuid)
+            return Taken(uuid, worker, made)
+        return Taken(uuid, worker, made, self.memory.lease(uuid, checkpoint))
 
     async def give_back(self, uuid: str) -> bool:
         """Nothing of what took the device is alive. Whether its memory came back."""
         self.pool.end(uuid)
+        self.memory.end(uuid)
         if await self._settled(uuid):
             return True
-        self._log.warning("gpu_memory_held", gpu=uuid, free=self._probe.free(uuid))
+        self._log.warning("gpu_memory_held", gpu=uuid, free=self._probe.free(uuid), kept=self.memory.used(uuid))
         for task in self._waiting.pop(uuid, []):
             self._let_go(uuid, task)
         if await self._settled(uuid):
             return True
+        if self.memory.used(uuid):
+            self.memory.clear(uuid)
+            if await self._settled(uuid):
+                return True
         self.pool.late(uuid)
         self._log.error("gpu_lost", gpu=uuid, free=self._probe.free(uuid))
         return False
@@ -97,7 +115,7 @@ class GpuWorkers:
     def tidy(self) -> None:
         """Make the workers that are missing, and look again at devices whose memory had not come back."""
         for uuid in self.pool.lost():
-            if self.pool.settle(uuid, self._probe.free(uuid)):
+            if self._settles(uuid):
                 self._log.info("gpu_back", gpu=uuid)
         for uuid in self.pool.missing(self._loop.time()):
             self._begin(uuid)
@@ -108,6 +126,7 @@ class GpuWorkers:
             for task in tasks:
                 self._let_go(uuid, task)
         self._waiting.clear()
+        self.memory.close()
 
     # -- workers ---------------------------------------------------------------------------------------------
 
@@ -154,10 +173,13 @@ class GpuWorkers:
         else:
             task.cancel()
 
+    def _settles(self, uuid: str) -> bool:
+        return self.pool.settle(uuid, self._probe.free(uuid), self.memory.used(uuid))
+
     async def _settled(self, uuid: str) -> bool:
         """Whether its memory is back within PATIENCE."""
         until = self._loop.time() + PATIENCE
-        while not self.pool.settle(uuid, self._probe.free(uuid)):
+        while not self._settles(uuid):
             if self._closed or self._loop.time() >= until:
                 return False
             await asyncio.sleep(LOOK)

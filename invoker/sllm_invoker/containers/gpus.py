@@ -8,19 +8,24 @@ libraries imported, one of which becomes the instance, since a process with a co
 while an instance runs, so that the next start on that device does not wait for a context either.
 
 Memory is back when as much is free as there was before anything of ours was on the device, less what the waiting
-workers hold; what one holds is learned from those that came up alone. Invariant: a device whose memory did not come
+workers hold and what was left there on purpose (`gpu_memory`); what a worker holds is learned from those that came up
+alone. Invariant: a device whose memory did not come
 back is given to nobody until it has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 from sllm_faas.errors import IllegalTransition, NoCapacity
 
 SLACK = 256 * 1024 * 1024
 """Bytes by which a device that is empty again may differ: the driver keeps some."""
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 State = Literal["free", "held", "returning", "lost"]
 Event = Literal["take", "end", "back", "late"]
@@ -98,13 +103,15 @@ class GpuPool:
             raise IllegalTransition(f"GPU {uuid} is {device.state}: {event} is not possible.")
         device.state = state
 
-    def take(self) -> str:
-        """A free device, one with a worker first. Raises NoCapacity."""
+    def take(self, held: Mapping[str, int] = _NOTHING, kept: Mapping[str, int] = _NOTHING) -> str:
+        """A free device. By device, `held` are the bytes that are there already of what the instance needs, and `kept`
+        all that were left there: first comes the one with the most of the former, then one with a worker, then the one
+        with the least of the latter. Raises NoCapacity."""
         free = [uuid for uuid, device in self._devices.items() if device.state == "free"]
         if not free:
             states = ", ".join(f"{uuid} is {state}" for uuid, state in self.states().items()) or "there is none"
             raise NoCapacity(f"no GPU is free here: {states}.", hint="`sllm node list` shows the GPUs of every node.")
-        uuid = max(free, key=lambda each: self._devices[each].workers)
+        uuid = max(free, key=lambda each: (held.get(each, 0), self._devices[each].workers, -kept.get(each, 0)))
         self._move(uuid, "take")
         return uuid
 
@@ -113,10 +120,11 @@ class GpuPool:
         self._move(uuid, "end")
         self._devices[uuid].occupied = False
 
-    def settle(self, uuid: str, free: int) -> bool:
-        """Whether the memory of a device that was held is back, with `free` bytes free now; then it is free."""
+    def settle(self, uuid: str, free: int, kept: int = 0) -> bool:
+        """Whether the memory of a device that was held is back, with `free` bytes free now and `kept` left there on
+        purpose; then it is free."""
         device = self._devices[uuid]
-        if free < device.empty - device.workers * self.context - SLACK:
+        if free < device.empty - device.workers * self.context - kept - SLACK:
             return False
         self._move(uuid, "back")
         return True

@@ -210,13 +210,17 @@ class ProcessRuntime:
 
     async def _start_on_gpu(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
         handle = ProcessHandle(self, spec, "libs" if self.gpus.ready else "cold", on_event)
-        taken = await self.gpus.take()
+        code = spec.spec is None or spec.spec.kind != "llm"
+        taken = await self.gpus.take("" if code else Path(spec.object_dir).name)
         handle.gpu, handle.made = taken.uuid, taken.made
         try:
-            return await self._fork(handle, taken.worker)
+            return await self._fork(handle, taken.worker, taken.kept)
         except BaseException:
             await self._drop(taken)
             raise
+        finally:
+            if taken.kept >= 0:
+                os.close(taken.kept)
 
     async def _drop(self, taken: Taken) -> None:
         """A worker that was taken and did not become an instance."""
@@ -226,7 +230,7 @@ class ProcessRuntime:
         await self._tree.sweep()
         await self.gpus.give_back(taken.uuid)
 
-    async def _fork(self, handle: ProcessHandle, parent: ZygoteLink) -> ProcessHandle:
+    async def _fork(self, handle: ProcessHandle, parent: ZygoteLink, kept: int = -1) -> ProcessHandle:
         spec = handle.spec
         ahead, groups = parent.claim(), list[str]()
         handle.group = self._groups.pop(ahead, spec.name)
@@ -238,7 +242,8 @@ class ProcessRuntime:
         out_r, out_w = os.pipe2(os.O_CLOEXEC)
         err_r, err_w = os.pipe2(os.O_CLOEXEC)
         try:
-            given = {name: fd for name, fd in (("link", spec.link), ("weights", spec.weights)) if fd >= 0}
+            ends = {"link": spec.link, "weights": spec.weights, "kept": kept}
+            given = {name: fd for name, fd in ends.items() if fd >= 0}
             message = {"op": "instance", "entry": self._entry, "cgroups": groups, "fds": list(given)}
             fds = [config, out_w, err_w, *given.values()]
             pid, pidfd = await parent.request(message, fds)

@@ -21,9 +21,10 @@ class InstanceConfig:
 
     `specs` is the one function to serve; for mode "check" all functions of the version. `number` is the
     instance's route on its invoker. `source_dir` is the unpacked bundle, `object_dir` the checkpoint's object
-    directory; "" where there is none. Two inherited descriptors, filled in where the process is made, or -1: `link`, a
-    socket to the invoker (see `wire.stream`), whose end of file means that the invoker is gone; `weights`, a channel
-    to the checkpoint store, without which the file in `object_dir` is mapped.
+    directory; "" where there is none. Three inherited descriptors, filled in where the process is made, or -1: `link`,
+    a socket to the invoker (see `wire.stream`), whose end of file means that the invoker is gone; `weights`, a channel
+    to the checkpoint store, without which the file in `object_dir` is mapped; `kept`, a channel to the invoker about
+    what instances leave on the GPU (see `kept`).
     """
 
     instance: str
@@ -38,6 +39,7 @@ class InstanceConfig:
     scratch: str = ""
     link: int = -1
     weights: int = -1
+    kept: int = -1
 
     def __post_init__(self) -> None:
         if not self.instance:

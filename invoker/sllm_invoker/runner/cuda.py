@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from sllm_faas.errors import NoCapacity, Unavailable
+from sllm_faas.errors import NoCapacity, PlatformError, Unavailable
 from sllm_invoker.runner import template
-from sllm_invoker.runner.device import Event, Memory
+from sllm_invoker.runner.cuda_memory import SharedMemory
+from sllm_invoker.runner.device import Event, Memory, Shared
 from sllm_invoker.runner.device_weights import Stage
 
 _PORTABLE, _READ_ONLY = 0x01, 0x08  # cudaHostRegister*
@@ -46,6 +47,7 @@ class Cuda:
         self.place = torch.device("cuda", 0)
         self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        self._shared = SharedMemory.of_device(0)
 
     def __repr__(self) -> str:
         memory = self.memory()
@@ -58,11 +60,26 @@ class Cuda:
         try:
             found = torch.empty(size, dtype=torch.uint8, device=self.place)
         except torch.OutOfMemoryError as error:
-            memory = self.memory()
-            what = f"{size} bytes of GPU memory are needed; {memory.free} of {memory.total} are free."
-            raise NoCapacity(what) from error
+            raise self._full(size) from error
         self._side.wait_stream(torch.cuda.current_stream())  # whoever had this memory before may still compute
         return found
+
+    def share(self, size: int) -> Shared | None:
+        if self._shared is None:
+            return None
+        try:
+            return self._shared.create(size)
+        except MemoryError as error:
+            raise self._full(size) from error
+
+    def open(self, descriptor: int, size: int) -> torch.Tensor:
+        if self._shared is None:
+            raise PlatformError("this driver has no memory that processes share.")
+        return self._shared.open(descriptor, size)
+
+    def _full(self, size: int) -> NoCapacity:
+        memory = self.memory()
+        return NoCapacity(f"{size} bytes of GPU memory are needed; {memory.free} of {memory.total} are free.")
 
     def trim(self) -> None:
         torch.cuda.empty_cache()

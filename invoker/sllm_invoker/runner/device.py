@@ -4,6 +4,8 @@
     device.copy(memory, host)           on a stream of its own, beside what is computed
     event = device.record()             after all copies so far
     event.hold()                        what this thread launches from here on comes after them
+    shared = device.share(size)         bytes on the device, and a descriptor by which another process has them too:
+    memory = device.open(fd, size)      there
 
 `cuda` is the one implementation; it is imported only where a function asks for a GPU. Tests have one of plain memory
 whose copies end when they say. Not here: what is copied, and in which order (`device_weights`).
@@ -25,6 +27,15 @@ class Memory:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Bytes of a device, and the descriptor under which other processes have the same ones; it is the caller's to
+    close. They are freed with the last view of them in any process and the last descriptor."""
+
+    memory: torch.Tensor
+    descriptor: int
+
+
 class Event(Protocol):
     """A point in the copies of a device."""
 
@@ -44,6 +55,13 @@ class Device(Protocol):
     def allocate(self, size: int) -> torch.Tensor:
         """`size` bytes, dtype uint8, not initialised; freed with the last view of them, after `trim` for other
         processes too. Raises NoCapacity."""
+
+    def share(self, size: int) -> Shared | None:
+        """As `allocate`, for other processes too; None where the driver has no such memory."""
+
+    def open(self, descriptor: int, size: int) -> torch.Tensor:
+        """The bytes behind a descriptor of this device, which stays the caller's. What was copied there must have been
+        waited for in the process that copied. Raises PlatformError."""
 
     def trim(self) -> None:
         """Give back to the system what was freed."""

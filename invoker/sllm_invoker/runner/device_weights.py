@@ -2,6 +2,7 @@
 
     slabs or file ──wait for the bytes──► locked buffers ──side stream──► groups of layers, one allocation each
       (Weights)        (own thread)          (Stage)                          tensors are views of them
+                                                 what an instance before left there (`kept`) ──► is used as it is
 
 A group is whole when the event recorded after its last copy is done. `wait` makes the calling thread's launches come
 after that event and does not wait for it itself, so the first layer computes while the last is being read.
@@ -11,11 +12,14 @@ copy every page of it; locking a shared one costs about a second for a few GiB, 
 under a locked page does not change when a store dies and the file is mapped in its place. Copying into buffers that
 were locked beforehand is done by all cores. `benchmarks/gpu.py` measures both.
 
-Invariant: nothing is copied before it was checked (`Weights.wait`). What failed to arrive is raised by every `wait`.
+Invariants: nothing is copied before it was checked (`Weights.wait`). What failed to arrive is raised by every `wait`. A
+group is offered to be kept when all of them are whole, the host has waited for the last copy and the source has said
+that the rest of the file is good.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -27,12 +31,15 @@ import torch
 from sllm_faas.errors import NoCapacity, PlatformError, SllmError
 from sllm_invoker.checkpoints.object import ByteRange, Part
 from sllm_invoker.runner.device import Device, Event
+from sllm_invoker.runner.kept import Kept
 from sllm_invoker.runner.weights import Weights
 
 PIECE_BYTES = 32 * 1024 * 1024
 PIECES = 4
 GROUP_BYTES = 64 * 1024 * 1024
 """A group has at least so many bytes: small layers share an allocation and an event."""
+PATIENCE, LOOK = 1.0, 0.005
+"""Seconds for memory to be free after others let go of it, and between looks."""
 
 
 class Stage:
@@ -63,11 +70,24 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Bytes `start` to `end` of the part file, on the device."""
+    """Bytes `start` to `end` of the part file, on the device. `whole`: they are in place already; else `descriptor` is
+    of memory that may be kept, or -1."""
 
     start: int
     end: int
     memory: torch.Tensor
+    whole: bool = False
+    descriptor: int = -1
+
+
+class _Done:
+    """The event of what was there before."""
+
+    def wait(self) -> None:
+        pass
+
+    def hold(self) -> None:
+        pass
 
 
 def grouped(part: Part, least: int) -> list[tuple[int, int]]:
@@ -84,20 +104,26 @@ def grouped(part: Part, least: int) -> list[tuple[int, int]]:
 
 
 class DeviceWeights(Weights):
-    """`source`'s weights, on the device behind `stage`. Copying begins at once. Raises NoCapacity."""
+    """`source`'s weights, on the device behind `stage`. Copying begins at once, of what an instance before has not left
+    there (`kept`, which this takes over). Raises NoCapacity."""
 
-    def __init__(self, source: Weights, stage: Stage) -> None:
+    def __init__(self, source: Weights, stage: Stage, kept: Kept | None = None) -> None:
         super().__init__(source.buffer, source.part, ready=0)
         self._source = source
         self._stage = stage
+        self._kept = kept
         ranges = grouped(source.part, stage.group)
-        needed, memory = sum(end - start for start, end in ranges), stage.device.memory()
+        there = self._opened(ranges)
+        needed = sum(end - start for start, end in ranges if (start, end) not in there)
+        memory = stage.device.memory()
         if needed > memory.free:
             raise NoCapacity(
                 f"the weights take {needed} bytes of GPU memory; {memory.free} of {memory.total} are free.",
                 hint="Use a smaller or a quantised model, or a GPU with more memory.",
             )
-        self.groups = [Group(start, end, stage.device.allocate(end - start)) for start, end in ranges]
+        self.groups = [there.get(each) or self._allocated(*each) for each in ranges]
+        if all(group.whole for group in self.groups):
+            self.tier = "gpu"
         self._starts = [group.start for group in self.groups]
         self._ends = [group.end for group in self.groups]
         self._at = {group.memory.data_ptr(): group for group in self.groups}
@@ -130,18 +156,67 @@ class DeviceWeights(Weights):
     def _copy(self) -> None:
         try:
             for group in self.groups:
-                self._send(group)
-                event = self._stage.device.record()
+                event: Event = _Done()
+                if not group.whole:
+                    self._send(group)
+                    event = self._stage.device.record()
                 with self._changed:
                     self._events.append(event)
                     self._changed.notify_all()
-            self._events[-1].wait()
-            self._source.wait()  # what lies behind the last tensor, so that its tier is known
-            self.tier, self.ready = self._source.tier, self.part.bytes
+            if self.tier != "gpu":
+                for event in self._events:
+                    event.wait()
+                self._source.wait()  # what lies behind the last tensor, so that its tier is known
+                self.tier = self._source.tier
+            self._offer()
+            self.ready = self.part.bytes
         except BaseException as error:
             with self._changed:
                 self._failed = error if isinstance(error, SllmError) else _failure(error)
                 self._changed.notify_all()
+        finally:
+            self._end()
+
+    def _opened(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], Group]:
+        """What is there already."""
+        found: dict[tuple[int, int], Group] = {}
+        if self._kept is None:
+            return found
+        device = self._stage.device
+        before = device.memory().free
+        descriptors, freed = self._kept.want(ranges)
+        for (start, end), descriptor in descriptors.items():
+            try:
+                found[start, end] = Group(start, end, device.open(descriptor, end - start), whole=True)
+            except PlatformError:  # it is copied again
+                pass
+            finally:
+                os.close(descriptor)
+        until = time.monotonic() + PATIENCE
+        while device.memory().free < before + freed and time.monotonic() < until:
+            time.sleep(LOOK)
+        return found
+
+    def _allocated(self, start: int, end: int) -> Group:
+        device = self._stage.device
+        shared = device.share(end - start) if self._kept is not None else None
+        if shared is None:
+            return Group(start, end, device.allocate(end - start))
+        return Group(start, end, shared.memory, descriptor=shared.descriptor)
+
+    def _offer(self) -> None:
+        """What was copied may be kept."""
+        for group in self.groups:
+            if self._kept is not None and group.descriptor >= 0:
+                self._kept.whole((group.start, group.end), group.descriptor)
+
+    def _end(self) -> None:
+        """There is no more to be said about what is kept."""
+        if self._kept is not None:
+            self._kept.close()
+        for group in self.groups:
+            if group.descriptor >= 0:
+                os.close(group.descriptor)
 
     def _send(self, group: Group) -> None:
         host = self._source.view(torch.uint8, self.part.bytes, 0)

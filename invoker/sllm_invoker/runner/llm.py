@@ -144,12 +144,13 @@ SMALL = 64 * 1024 * 1024
 """Bytes of weights under which a step is over before a second thread has woken."""
 
 
-def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> LanguageModel:
-    """The model of a checkpoint object, attached; through `channel`, one to the checkpoint store, unless it is -1.
+def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1, kept: int = -1) -> LanguageModel:
+    """The model of a checkpoint object, attached; through `channel`, one to the checkpoint store, unless it is -1, and
+    `kept`, one to what instances before left on the GPU.
 
     Raises CheckpointError, BadSpec; where the function asks for a GPU, Unavailable without one and NoCapacity on one
     that is too small."""
-    stage, weights = _to_device(object_dir, channel) if spec.gpus else (None, None)
+    stage, weights = _to_device(spec, object_dir, channel, kept) if spec.gpus else (None, None)
     skeleton = template.take_skeleton(spec, object_dir)
     skeleton.channel, skeleton.stage, skeleton.begun = channel, stage, weights
     manifest = skeleton.checkpoint.manifest
@@ -166,16 +167,23 @@ def open_model(spec: FunctionSpec, object_dir: str, channel: int = -1) -> Langua
             torch.set_num_threads(1)
     stages = " ".join(f"{name}={seconds * 1e3:.1f}ms" for name, seconds in report.stages.items())
     attached = f"{report.tensors} tensors, {report.bytes / 1e6:.1f} MB mapped: {stages}"
+    if weights is not None and weights.tier == "gpu":
+        attached = f"tier=gpu {attached}"
     return LanguageModel(engine, skeleton.codec, attached)
 
 
-def _to_device(object_dir: str, channel: int) -> tuple[Stage, Weights]:
+def _to_device(spec: FunctionSpec, object_dir: str, channel: int, kept: int) -> tuple[Stage, Weights]:
     """The weights are on their way to the GPU when this returns: the skeleton, which no template has made, is built
     beside that."""
     from sllm_invoker.runner import attach, cuda
+    from sllm_invoker.runner.device_weights import DeviceWeights
+    from sllm_invoker.runner.kept import Kept
 
-    stage = cuda.open_stage()
-    return stage, attach.begin(open_object(Path(object_dir)), channel, stage)
+    stage, checkpoint = cuda.open_stage(), open_object(Path(object_dir))
+    manifest = checkpoint.manifest
+    room = manifest.total_bytes + device_room(manifest.kv_bytes_per_token, manifest.max_context, spec.concurrency)
+    weights = attach.begin(checkpoint, channel, None)
+    return stage, DeviceWeights(weights, stage, Kept(kept, room) if kept >= 0 else None)
 
 
 class Contexts:
@@ -222,6 +230,12 @@ def cache_tokens(spec: FunctionSpec, bytes_per_token: int, max_context: int) -> 
         return None
     share = max(MIN_CACHE_BYTES, int(spec.memory_mb * CACHE_SHARE) * 1024 * 1024)
     return max(1, min(share // bytes_per_token, spec.concurrency * max_context))
+
+
+def device_room(bytes_per_token: int, max_context: int, concurrency: int) -> int:
+    """Bytes of a device that an instance can use beside its weights: `device_cache`'s `room` for all it is asked to
+    serve at once. What others left there is worth less than that."""
+    return int(max(MIN_CACHE_BYTES, bytes_per_token * max_context * concurrency) / DEVICE_SHARE)
 
 
 def device_cache(room: int, bytes_per_token: int, max_context: int, concurrency: int) -> tuple[int, int | None]:

@@ -161,7 +161,7 @@ class _Process:
             from sllm_invoker.runner import llm
         detail: list[str] = []
         with self._clock.span("attach", detail):
-            model = llm.open_model(config.spec, config.object_dir, config.weights)
+            model = llm.open_model(config.spec, config.object_dir, config.weights, config.kept)
             detail.append(model.attached)
         host = self._host = LoopHost(threaded=False)
         executors = llm.executors(model, host.loop, config.spec.concurrency)
