@@ -2,8 +2,8 @@
 
 Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
 reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`).
-Invariant: one ingest per source at a time, however many ask; what a killed invoker left running is ended by its
-next life.
+Invariants: one ingest per source at a time, however many ask, and none that nobody waits for: what it had fetched by
+then is where the next one goes on (`remote.fetch`). What a killed invoker left running is ended by its next life.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ from sllm_invoker.containers.tree import Tree
 
 Report = Callable[[str, int, int], None]
 """(stage, done, total)."""
+Key = tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """An ingest under way; `reports` has one of everybody who waits for it."""
+
+    task: asyncio.Task[str]
+    reports: list[Report] = field(default_factory=list)
 
 
 class Ingests:
@@ -46,7 +56,7 @@ class Ingests:
         self._tree = tree
         self._scratch = scratch
         self._feed = feed
-        self._running: dict[tuple[str, ...], tuple[asyncio.Task[str], list[Report]]] = {}
+        self._running: dict[Key, _Flight] = {}
         self._verified: dict[str, CheckpointObject] = {}
         """Objects that were found verified, by digest."""
 
@@ -64,22 +74,20 @@ class Ingests:
         self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True
     ) -> tuple[str, int]:
         """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`; `base` is what
-        an adapter adapts. `forward`: into free memory too, when it is brought here.
+        an adapter adapts. `forward`: into free memory too, when it is brought here. It ends when the last
+        who waits for it is cancelled.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
         key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
-        running = self._running.get(key)
-        if running is None:
-            reports = [report]
-            task = asyncio.get_running_loop().create_task(
-                self._ingest(checkpoint, name or _name(checkpoint), reports, base, forward=forward)
-            )
-            self._running[key] = (task, reports)
-            task.add_done_callback(lambda _: self._running.pop(key, None))
-        else:
-            task, reports = running
-            reports.append(report)
-        digest = await asyncio.shield(task)
+        flight = self._running.get(key) or self._begin(key, checkpoint, name, base, forward=forward)
+        flight.reports.append(report)
+        try:
+            digest = await asyncio.shield(flight.task)
+        finally:
+            flight.reports.remove(report)
+            if not flight.reports:
+                self._over(key, flight)
+                flight.task.cancel()
         if name:
             await asyncio.to_thread(self.store.set_ref, name, digest)
         found = await asyncio.to_thread(self.store.get, digest)
@@ -109,6 +117,18 @@ class Ingests:
         self._verified[found_here.digest] = found_here
         return found_here.directory
 
+    def _begin(self, key: Key, checkpoint: CheckpointSpec, name: str, base: str, *, forward: bool) -> _Flight:
+        reports: list[Report] = []
+        ingest = self._ingest(checkpoint, name or _name(checkpoint), reports, base, forward=forward)
+        flight = self._running[key] = _Flight(asyncio.get_running_loop().create_task(ingest), reports)
+        flight.task.add_done_callback(lambda _: self._over(key, flight))
+        return flight
+
+    def _over(self, key: Key, flight: _Flight) -> None:
+        """Whoever asks from now on gets another: one that has been cancelled may take a moment to end."""
+        if self._running.get(key) is flight:
+            del self._running[key]
+
     async def _ingest(
         self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str, *, forward: bool
     ) -> str:
@@ -134,8 +154,9 @@ class Ingests:
         answer: dict[str, Any] = {}
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=1 << 20)
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
+        transport: asyncio.ReadTransport | None = None
         try:
+            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
             async for line in reader:
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
@@ -145,7 +166,7 @@ class Ingests:
                     else:
                         answer = message
         finally:
-            transport.close()
+            (transport or process.stdout).close()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = await asyncio.to_thread(process.wait)
@@ -160,8 +181,8 @@ class Ingests:
         )
 
     def close(self) -> None:
-        for task, _ in self._running.values():
-            task.cancel()
+        for flight in self._running.values():
+            flight.task.cancel()
 
 
 def _name(checkpoint: CheckpointSpec) -> str:

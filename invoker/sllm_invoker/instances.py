@@ -183,7 +183,11 @@ class Instances:
     async def _become_ready(self, entry: Entry) -> None:
         start, place = entry.start, self._place
         env = secrets.resolve(start.spec.secrets, place.secrets_dir, os.environ)
-        source_dir, object_dir = await asyncio.gather(self._source(entry), self._checkpoint(entry))
+        bringing = asyncio.create_task(self._checkpoint(entry))
+        try:
+            source_dir, object_dir = await asyncio.gather(self._source(entry), bringing)
+        finally:
+            bringing.cancel()  # without its code nobody waits for its weights
         opening = self._open(entry, object_dir)
         reading = asyncio.create_task(self._loaded(entry, opening))
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,12 +17,17 @@ WEIGHTS = "model.safetensors"
 
 class Server(ThreadingHTTPServer):
     """Serves `folder` under /bucket/model with ETags and ranges, and misbehaves as told. `cut` ends every answer of the
-    weights after so many bytes; `asked` has (method, name, range)."""
+    weights after so many bytes; `hold` has it wait there (`held`), until `go_on` or its client is gone (`left`);
+    `asked` has (method, name, range)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.cut = 0
+        self.hold = 0
+        self.held = threading.Event()
+        self.left = threading.Event()
+        self._wait, self._go = socket.socketpair()
         self.tags = True
         self.ranges = True
         self.redirect = ""
@@ -33,6 +40,24 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://{self.address}/bucket/model"
+
+    def go_on(self) -> None:
+        """All answers that are held, and none after them."""
+        self.hold = 0
+        self._go.send(b"!")
+
+    def wait_for(self, client: socket.socket) -> bool:
+        """Whether the client is still there when answers go on."""
+        self.held.set()
+        if client in select.select([client, self._wait], [], [])[0]:
+            self.left.set()
+            return False
+        return True
+
+    def server_close(self) -> None:
+        self._go.close()  # whoever still waits goes on
+        super().server_close()
+        self._wait.close()
 
     def weights_asked(self) -> list[str]:
         return [wanted for method, name, wanted in self.asked if method == "GET" and name == WEIGHTS]
@@ -85,6 +110,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             cut = self.server.cut if name == WEIGHTS else 0
+            hold = self.server.hold if name == WEIGHTS else 0
+            if hold:
+                self.wfile.write(data[start : start + hold])
+                if not self.server.wait_for(self.connection):
+                    self.close_connection = True
+                    return
+                start += hold
             self.wfile.write(data[start : start + cut] if cut else data[start:])
             self.close_connection = bool(cut)
 

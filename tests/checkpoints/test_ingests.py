@@ -1,16 +1,22 @@
-"""What an invoker asks of the objects on its node."""
+"""What an invoker asks of the objects on its node, and who waits for one that is being brought there."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sllm_invoker.checkpoints import remote
+from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
 from sllm_invoker.ingests import Ingests
 
 from sllm_faas.errors import CheckpointCorrupt
 from sllm_faas.spec import CheckpointSpec
+from tests.checkpoints.model_server import WEIGHTS, Server, serving
 
 
 async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(filled: CheckpointStore, tmp_path: Path):
@@ -30,3 +36,94 @@ async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(fil
     part.write_bytes(b"\1" + part.read_bytes()[1:])
     with pytest.raises(CheckpointCorrupt):
         await ingests.ready(spec, lambda *_: None)
+
+
+# -- brought by those who wait -------------------------------------------------------------------------------
+
+HELD = 30_000
+"""Bytes of the weights after which the mirror waits."""
+
+
+@pytest.fixture
+def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv(remote.TRUSTED, "127.0.0.1")
+    with serving(source) as made:
+        made.hold = HELD
+        yield made
+
+
+@pytest.fixture
+def ingests(store: CheckpointStore, tmp_path: Path) -> Ingests:
+    return Ingests(store, Tree(tmp_path), tmp_path)
+
+
+class Waiter:
+    """Somebody who waits for a checkpoint; `under_way` is set when some of its weights are here."""
+
+    def __init__(self, ingests: Ingests, spec: CheckpointSpec, folder: Path, *, pull: bool = False) -> None:
+        self.under_way = asyncio.Event()
+        before = sum(path.stat().st_size for path in folder.iterdir() if path.name == "config.json")
+
+        def report(stage: str, done: int, _total: int) -> None:
+            if stage == "fetch" and done > before:
+                self.under_way.set()
+
+        waits = ingests.bring(spec, "tiny", report) if pull else ingests.ready(spec, report)
+        self.task: asyncio.Task[object] = asyncio.create_task(waits)
+
+    async def leave(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def all_ended() -> None:
+    """Every other task of this loop."""
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
+def processes(directory: Path) -> list[object]:
+    """Those that a node has on record."""
+    return list(json.loads((directory / "processes.json").read_text()))
+
+
+async def test_a_pull_that_nobody_waits_for_any_more_ends_and_the_next_goes_on(ingests, server, source, tmp_path):
+    waiter = Waiter(ingests, CheckpointSpec(server.url), source)
+    await waiter.under_way.wait()
+    assert processes(tmp_path)
+    await waiter.leave()
+    await all_ended()
+    assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
+    assert processes(tmp_path) == []
+    assert not list((ingests.store.root / "objects").iterdir())
+
+    server.go_on()
+    ingest(ingests.store, server.url, "tiny")
+    assert server.weights_asked() == ["", f"bytes={HELD}-"]
+
+
+async def test_one_of_two_who_wait_for_a_pull_may_leave(ingests, server, source):
+    """The other one is told how it ended: here, that it is not the content asked for."""
+    spec = CheckpointSpec(server.url, revision=f"blake3:{'0' * 64}")
+    start = Waiter(ingests, spec, source)
+    await start.under_way.wait()
+    pull = Waiter(ingests, spec, source, pull=True)
+    await asyncio.sleep(0)  # it waits
+    await start.leave()
+    server.go_on()
+    with pytest.raises(CheckpointCorrupt, match="was asked for"):
+        await pull.task
+    assert server.weights_asked() == [""]
+
+
+async def test_who_asks_while_a_pull_is_being_given_up_gets_one_of_its_own(ingests, server, source):
+    spec = CheckpointSpec(server.url, revision=f"blake3:{'0' * 64}")
+    first = Waiter(ingests, spec, source)
+    await first.under_way.wait()
+    first.task.cancel()
+    second = Waiter(ingests, spec, source)
+    server.hold = 0
+    with pytest.raises(CheckpointCorrupt, match="was asked for"):
+        await second.task
+    assert first.task.cancelled()
+    assert server.weights_asked() == ["", f"bytes={HELD}-"]
+    assert (source / WEIGHTS).stat().st_size > HELD

@@ -34,6 +34,7 @@ from sllm_faas.wire.messages import (
     Want,
     Welcome,
 )
+from tests.checkpoints.model_server import serving
 
 pytestmark = pytest.mark.e2e
 
@@ -442,6 +443,30 @@ async def test_requests_are_answered_and_bad_ones_refused_by_name(node: Node) ->
     assert (await ask("checkpoint.pin", pack({"ref": 5}))).error.code == "bad_request"
     assert (await ask("logs.read", b"\xc1")).error.code == "bad_request"
     assert (await ask("format.disk", pack({}))).error.code == "not_found"
+
+
+async def test_a_start_that_is_stopped_takes_the_pull_along_that_only_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLLM_TRUSTED_SOURCES", "127.0.0.1")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(100_000))
+    node = Node(tmp_path / "s")
+    with serving(model) as server:
+        server.hold = 50_000
+        try:
+            node.launch()
+            await node.frame(Type.HELLO)
+            spec = FunctionSpec("far", kind="llm", checkpoint=CheckpointSpec(server.url))
+            node.command(Type.START, Start("ins-far", Target("app", "far", 1), spec))
+            assert await asyncio.to_thread(server.held.wait, 30)
+            node.command(Type.STOP, Stop("ins-far", 0.0, "nobody waits for it any more"))
+            await node.state("ins-far", "stopped")
+            assert await asyncio.to_thread(server.left.wait, 30)
+        finally:
+            node.close()
 
 
 async def test_a_checkpoint_that_is_none_fails_its_ingest_with_the_reason(node: Node) -> None:
