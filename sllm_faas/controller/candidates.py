@@ -174,7 +174,8 @@ class Candidates:
         now = self.ledger.now
         queue = 0.0
         if tier != "dram":  # that is no read: it waits for none
-            reads = [_read(i) for i in others if i.load and i.tier != "dram"]
+            # A node reads the shortest first: what is larger is overtaken.
+            reads = [_read(i) for i in others if i.load and i.tier != "dram" and i.size <= size]
             queue = max(0.0, max(reads) - now) if reads else 0.0
         here = [i for i in others if i.node == name]
         if size and (same := [i for i in here if i.digest == need.digest and i.load]):

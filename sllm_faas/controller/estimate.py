@@ -15,7 +15,8 @@ same libraries speak for it; where it has not been seen among so many starts at 
 what all functions showed. The book is a plain `dict[str, float]`: it is stored, shown and replayed as it is.
 
     own|app/function|N   own|=libs|N     seconds, N starts at once (1, 2, 4, 8 ...)
-    slow||N                              how many times longer N at once take than one
+    crowd||N     crowd|template|N        seconds that N at once take longer each than one; that a template takes longer
+                                         to be made among so many
     pace|node                            how many times longer than elsewhere it takes there
     layer|key|first      layer|key   layer|warmth    seconds to make a layer, a template by itself; `first` of those a
                                          start makes: beside its read, which a later one most often is not
@@ -59,9 +60,8 @@ LAYER: dict[Warmth, float] = {"libs": 2.5, "template": 0.1}
 imported; a model's skeleton and tokenizer built."""
 BANDWIDTH: dict[Tier, float] = {"remote": 100e6, "disk": 1e9, "dram": 8e9, "gpu": 50e9}
 CROWDING = 0.25
-"""Guess: each further start at once makes all of them so much longer."""
-SLOWEST = 100.0
-"""Times longer that a start in a crowd is believed to take, however short the one alone was."""
+"""Guess: each further start at once makes all of them longer by such a part. What was seen is kept in seconds: starts
+wait for each other where they compute, and what one does besides, be it long or short, waits for nobody."""
 AT_ONCE = 1e-3
 """Seconds that a read takes at least, for the arithmetic: one that finds everything there is infinitely fast."""
 SEEN, OFTEN = 3, 0.9
@@ -170,7 +170,7 @@ def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: 
 def making_seconds(book: Mapping[str, float], layers: Sequence[Layer], at_once: float = 1.0) -> float:
     """Of layers that follow each other, by a start that finds what the first of them is made from."""
     crowd = _crowd(at_once)
-    return sum([_layer(book, layer, k == 0) * _slowed(book, layer.warmth, crowd) for k, layer in enumerate(layers)])
+    return sum([_among(book, _layer(book, layer, k == 0), crowd, layer.warmth) for k, layer in enumerate(layers)])
 
 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:
@@ -178,9 +178,9 @@ def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int)
     that was ever seen."""
     found = _nearest(book, f"own|{function}", crowd) or _nearest(book, f"own|={libs}", crowd)
     if found is None:
-        return OWN * _slowdown(book, crowd), False
+        return _among(book, OWN, crowd), False
     level, seconds = found
-    return seconds * _slowdown(book, crowd) / _slowdown(book, level), True
+    return (seconds if level == crowd else _among(book, _by_itself(book, seconds, level), crowd)), True
 
 
 def bandwidth(
@@ -219,7 +219,11 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
             making += span.seconds
             key = next((layer.key for layer in start.missing if layer.warmth == warmth), "")
             if span.detail == "made":
-                alone = span.seconds / _slowed(book, warmth, _crowd(start.at_once))
+                crowd = _crowd(start.at_once)
+                alone = book.get(f"layer|{key}")
+                if warmth == "template" and crowd > 1 and alone is not None:
+                    _mix(book, f"crowd|template|{crowd}", max(0.0, span.seconds - alone))
+                alone = _by_itself(book, span.seconds, crowd, warmth)
                 _mix(book, f"layer|{warmth}", alone)
                 if key:
                     _mix(book, f"layer|{key}", alone)
@@ -261,8 +265,8 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
     if known is not None and known[0] == crowd and known[1] > 0 and book[f"#{mine}|{crowd}"] >= TRUSTED:
         off = min(1.5, max(0.67, seconds / (known[1] * pace)))
         book[f"pace|{start.node}"] = pace * (1.0 + PACE_WEIGHT * (off - 1.0))
-    if crowd > 1 and (alone := book.get(f"{mine}|1", 0.0)) > 0:
-        _mix(book, f"slow||{crowd}", min(SLOWEST, max(0.5, seconds / pace / alone)))
+    if crowd > 1 and (alone := book.get(f"{mine}|1")) is not None:
+        _mix(book, f"crowd||{crowd}", max(0.0, seconds / pace - alone))
     _mix(book, f"{mine}|{crowd}", seconds / pace)
     _mix(book, f"own|={start.libs}|{crowd}", seconds / pace)
 
@@ -319,14 +323,24 @@ def _nearest(book: Mapping[str, float], prefix: str, crowd: int) -> tuple[int, f
     return None
 
 
-def _slowdown(book: Mapping[str, float], crowd: int) -> float:
-    return 1.0 if crowd == 1 else book.get(f"slow||{crowd}", 1.0 + CROWDING * (crowd - 1))
+def _among(book: Mapping[str, float], seconds: float, crowd: int, warmth: Warmth | None = None) -> float:
+    """What takes so long by itself, among so many: an instance's own start, or a layer's making."""
+    more = _more(book, crowd, warmth)
+    return seconds * (1.0 + CROWDING * (crowd - 1)) if more is None else seconds + more
 
 
-def _slowed(book: Mapping[str, float], warmth: Warmth, crowd: int) -> float:
-    """How many times longer a layer takes to make in such a crowd: each function makes its own template, but the
-    libraries are made by one start, for which the others wait."""
-    return _slowdown(book, crowd) if warmth == "template" else 1.0
+def _by_itself(book: Mapping[str, float], seconds: float, crowd: int, warmth: Warmth | None = None) -> float:
+    """The other way round."""
+    more = _more(book, crowd, warmth)
+    return seconds / (1.0 + CROWDING * (crowd - 1)) if more is None else max(0.0, seconds - more)
+
+
+def _more(book: Mapping[str, float], crowd: int, warmth: Warmth | None) -> float | None:
+    """Seconds; None: never seen. Each function makes its own template, but the libraries are made by one start, for
+    which the others wait."""
+    if crowd == 1 or warmth not in (None, "template"):
+        return 0.0
+    return book.get(f"crowd|{warmth or ''}|{crowd}")
 
 
 def _layer(book: Mapping[str, float], layer: Layer, first: bool) -> float:

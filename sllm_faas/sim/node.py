@@ -1,8 +1,8 @@
 """A modelled node: obeys START and STOP as an invoker does, in virtual time.
 
-A start waits for the reads before it on the same tier, reads, and starts its process; a read from below DRAM leaves
-the checkpoint on disk and in the DRAM cache (least recently used goes first). A stop waits for what runs, unless the
-drain is over at once. The node knows nothing of other nodes and decides nothing.
+A start reads, when those that are shorter on the same tier have (`reads`), and starts its process; a read from below
+DRAM leaves the checkpoint on disk and in the DRAM cache (least recently used goes first). A stop waits for what runs,
+unless the drain is over at once. The node knows nothing of other nodes and decides nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from random import Random
 
 from sllm_faas.controller import events as ev
 from sllm_faas.sim.clock import Clock
+from sllm_faas.sim.reads import Reads
 from sllm_faas.sim.results import Samples
 from sllm_faas.sim.scenario import GB, NodeModel
 from sllm_faas.spec import Span, Target, Tier, Timeline
@@ -61,7 +62,7 @@ class SimNode:
         self._dram: OrderedDict[str, int] = OrderedDict()
         self._sizes, self._clock, self._rng, self._samples = sizes, clock, rng, samples
         self._tell, self._changed = tell, changed
-        self._free_at: dict[Tier, float] = {}
+        self._reads: dict[Tier, Reads] = {}
         self.instances: dict[str, Running] = {}
         self._numbers = 0
 
@@ -88,20 +89,16 @@ class SimNode:
         self.instances[start.instance] = instance
         digest = start.spec.checkpoint.digest if start.spec.checkpoint else ""
         size = self._sizes.get(digest, 0)
-        now, queued, load = self._clock.now, 0.0, 0.0
         tier: Tier = self._tier(digest)
-        if size:
-            bandwidth = {"remote": self.model.remote, "disk": self.model.disk, "dram": self.model.dram}[tier] * GB
-            load = self._noisy(size / bandwidth)
-            begin = max(now, self._free_at.get(tier, 0.0))
-            self._free_at[tier] = begin + load
-            queued = begin - now
-            self._samples.counts[f"bytes {tier}"] += size
-        container = self._noisy(self.model.container)
-        read = Span("checkpoint", 0.0, queued + load, tier)
-        instance.timeline = Timeline(0.0, (read, Span("attach", 0.0, queued + load + container)))
-        instance.tier, instance.read = tier if size else None, (size, load)
-        self._clock.after(queued + load + container, lambda: self._is_ready(instance, digest, size))
+        if not size:
+            self._was_read(instance, tier, digest, 0)
+            return
+        bandwidth = {"remote": self.model.remote, "disk": self.model.disk, "dram": self.model.dram}[tier] * GB
+        load = self._noisy(size / bandwidth)
+        self._samples.counts[f"bytes {tier}"] += size
+        instance.tier, instance.read = tier, (size, load)
+        reads = self._reads.setdefault(tier, Reads(self._clock))
+        reads.add(size, load, lambda: self._was_read(instance, tier, digest, size))
 
     def stop(self, stop: Stop) -> None:
         instance = self.instances.get(stop.instance)
@@ -143,6 +140,12 @@ class SimNode:
                 ),
             )
         )
+
+    def _was_read(self, instance: Running, tier: Tier, digest: str, size: int) -> None:
+        took, container = self._clock.now - instance.began, self._noisy(self.model.container)
+        read = Span("checkpoint", 0.0, took, tier)
+        instance.timeline = Timeline(0.0, (read, Span("attach", 0.0, took + container)))
+        self._clock.after(container, lambda: self._is_ready(instance, digest, size))
 
     def _is_ready(self, instance: Running, digest: str, size: int) -> None:
         if self.instances.get(instance.id) is not instance:

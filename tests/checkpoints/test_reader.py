@@ -13,7 +13,7 @@ import pytest
 import xxhash
 from sllm_invoker.checkpoints import reader as reading_module
 from sllm_invoker.checkpoints.object import CHUNK_BYTES, Part
-from sllm_invoker.checkpoints.reader import DirectFile, Reader, open_direct
+from sllm_invoker.checkpoints.reader import DirectFile, File, Reader, open_direct
 
 from sllm_faas.errors import Cancelled, CheckpointCorrupt, CheckpointError, CheckpointUnavailable
 
@@ -226,32 +226,61 @@ def test_a_cancelled_read_ends_after_the_piece_under_way(make, path, data):
     assert not any(target[1]), "a piece was read after the cancellation"
 
 
+class Noted:
+    """Two gated files that note the order in which their chunks are read."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.order: list[str] = []
+        self.files = {where: Gated(where) for where in paths}
+
+    def open(self, where: Path) -> File:
+        inner, order = self.files[where], self.order
+
+        class One:
+            size = inner.size
+
+            def read(self, view: memoryview, offset: int) -> int:
+                order.append(where.name[0])
+                return inner.read(view, offset)
+
+            def close(self) -> None:
+                inner.close()
+
+        return One()
+
+    def go(self) -> None:
+        for file in self.files.values():
+            file.gate.release(3)
+
+
 def test_the_more_urgent_read_goes_first_from_the_next_piece_on(make, path, data, tmp_path):
     other = tmp_path / "other.safetensors"
     other.write_bytes(data)
-    order: list[str] = []
-    files = {where: Gated(where) for where in (path, other)}
-
-    class Noted:
-        def __init__(self, where: Path) -> None:
-            self.where, self.inner, self.size = where, files[where], files[where].size
-
-        def read(self, view: memoryview, offset: int) -> int:
-            order.append(self.where.name[0])
-            return self.inner.read(view, offset)
-
-        def close(self) -> None:
-            self.inner.close()
-
-    reader = make(open_file=Noted)
+    noted = Noted(path, other)
+    reader = make(open_file=noted.open)
     slow = reader.read(path, part_of(data), memory())
-    assert files[path].entered.acquire(timeout=30)
+    assert noted.files[path].entered.acquire(timeout=30)
     urgent = reader.read(other, part_of(data), memory(), priority=5)
-    for file in files.values():
-        file.gate.release(3)
+    noted.go()
     slow.done.result(30)
     assert urgent.done.done()
-    assert "".join(order) == "pooopp"
+    assert "".join(noted.order) == "pooopp"
+
+
+def test_a_short_read_overtakes_what_has_more_left_and_equals_come_in_their_order(make, path, data, tmp_path):
+    small, like = tmp_path / "small.safetensors", tmp_path / "like.safetensors"
+    small.write_bytes(data[:10_000])
+    like.write_bytes(data)
+    noted = Noted(path, like, small)
+    reader = make(open_file=noted.open)
+    first = reader.read(path, part_of(data), memory())
+    assert noted.files[path].entered.acquire(timeout=30)
+    last = reader.read(like, part_of(data), memory())
+    short = reader.read(small, part_of(data[:10_000]), memory(1))
+    noted.go()
+    last.done.result(30)
+    assert first.done.done() and short.done.done()
+    assert "".join(noted.order) == "pspplll"
 
 
 def test_memory_that_is_too_small_is_refused_before_anything_is_read(make, path, data):

@@ -96,11 +96,13 @@ def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
 
 
 def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_not():
-    book: e.Book = {"slow||4": 2.0}
+    book: e.Book = {}
+    learn(book, replace(MODEL, warmth="libs", missing=(TEMPLATE,)), 0.3, Span("template", 0.0, 0.2, "made"))
     crowd = replace(MODEL, warmth="base", missing=(LIBS, TEMPLATE), at_once=4.0)
     learn(book, crowd, 4.0, Span("libs", 0.0, 3.0, "made"), Span("template", 3.0, 0.4, "made"))
     assert e.making_seconds(book, (LIBS,)) == e.making_seconds(book, (LIBS,), 4.0) == pytest.approx(3.0)
     assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.2)
+    assert book["crowd|template|4"] == pytest.approx(0.2)
     assert e.making_seconds(book, (LIBS, TEMPLATE), 4.0) == pytest.approx(3.4)
 
 
@@ -187,12 +189,17 @@ def test_starts_at_once_are_learned_by_how_many_there_are():
 
 
 def test_how_much_many_starts_slow_each_other_down_is_carried_over_to_other_functions():
+    """In seconds: one that waits for something else, however long, is not slowed by the others meanwhile."""
     book: e.Book = {}
     for _ in range(3):
         learn(book, PLAIN, 0.1)
         learn(book, replace(PLAIN, at_once=4.0), 0.3)
-    learn(book, replace(PLAIN, function="app/g"), 0.2)
-    assert total(book, replace(PLAIN, function="app/g", at_once=4.0)) == pytest.approx(0.6)
+    other = replace(PLAIN, function="app/g")
+    learn(book, other, 5.0)
+    assert total(book, replace(other, at_once=4.0)) == pytest.approx(5.2)
+    crowded = replace(PLAIN, function="app/h", at_once=4.0)
+    learn(book, crowded, 0.5)
+    assert total(book, replace(crowded, at_once=1.0)) == pytest.approx(0.3)
 
 
 def test_an_unknown_function_is_taken_for_one_with_the_same_libraries():

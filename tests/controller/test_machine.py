@@ -685,6 +685,22 @@ def test_only_a_start_that_reads_waits_for_the_reads_before_it(dram_mb: int | No
     assert queued == {"a": ("disk", 0.0), "b": ("disk", 1.0), "c": third}
 
 
+def test_a_read_waits_for_those_that_are_no_larger():
+    machine = Machine("abc")
+    specs = {name: llm(name, memory_mb=100) for name in ("large", "like", "small")}
+    digests = {name: digest(name.encode()) for name in specs}
+    version = ev.StoredVersion("app", 1, app(*specs.values()), True, 0.0, active=True, digests=digests)
+    sizes = dict(zip(digests.values(), (4 * 10**9, 4 * 10**9, 10**9), strict=True))
+    machine.handle(ev.Restored((version,), sizes=sizes), 0.0)
+    machine.handle(ev.GatewayUp("g", "1"), 0.0)
+    info = NodeInfo("n", "ipc:///n", memory_mb=50_000, bandwidth={"disk": 1e9}, checkpoints=tuple(digests.values()))
+    machine.handle(ev.NodeUp(info, "1"), 0.0)
+    for name in specs:
+        machine.handle(ev.DemandSeen("g", (TargetDemand(Target("app", name, 1), 1, 0),)), 0.0)
+    queued = {i.target.function: i.queued for i in machine.state.instances.values()}
+    assert queued == {"large": 0.0, "like": 4.0, "small": 0.0}
+
+
 def test_a_node_that_names_a_checkpoint_twice_can_say_something_else_and_leave():
     machine, twice = Machine("abc"), (DIGEST, DIGEST)
     info = NodeInfo("n", "ipc:///n", memory_mb=50_000, checkpoints=twice)
