@@ -180,7 +180,7 @@ class Agent:
         self.book.close()
         if self._admission is not None:
             self._admission.stop()
-        (self.directory / "processes.json").unlink(missing_ok=True)
+        tree.forget(self.directory)
 
     # -- endpoints -------------------------------------------------------------------------------------------
 

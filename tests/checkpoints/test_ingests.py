@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from sllm_invoker.checkpoints import remote
 from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.store import CheckpointStore
-from sllm_invoker.containers.tree import Tree
+from sllm_invoker.containers.tree import Tree, recorded
 from sllm_invoker.ingests import Ingests
 
 from sllm_faas.errors import CheckpointCorrupt
@@ -81,19 +80,14 @@ async def all_ended() -> None:
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
-def processes(directory: Path) -> list[object]:
-    """Those that a node has on record."""
-    return list(json.loads((directory / "processes.json").read_text()))
-
-
 async def test_a_pull_that_nobody_waits_for_any_more_ends_and_the_next_goes_on(ingests, server, source, tmp_path):
     waiter = Waiter(ingests, CheckpointSpec(server.url), source)
     await waiter.under_way.wait()
-    assert processes(tmp_path)
+    assert recorded(tmp_path)
     await waiter.leave()
     await all_ended()
     assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
-    assert processes(tmp_path) == []
+    assert recorded(tmp_path) == []
     assert not list((ingests.store.root / "objects").iterdir())
 
     server.go_on()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+from sllm_invoker.containers import tree
 from sllm_invoker.containers.zygote import STANDBY
 
 from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at, select_nothing
@@ -252,9 +253,8 @@ class Scene:
     def _strays(self) -> set[int]:
         """Those that no invoker knows of."""
         known: set[int] = set()
-        for path in self.platform.state.glob("nodes/*/processes.json"):
-            with contextlib.suppress(OSError, ValueError):
-                known |= {entry["pid"] for entry in json.loads(path.read_text())}
+        for directory in self.platform.state.glob("nodes/*"):
+            known |= set(tree.recorded(directory))
         return set(self._zygotes()) - known
 
     def _order(self, invocation: str, destination: str, victim: str, boundary: Boundary | None) -> None:

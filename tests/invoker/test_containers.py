@@ -181,10 +181,20 @@ async def test_a_template_that_cannot_be_prepared_is_the_starters_error(
 
 async def test_the_tree_is_on_record_while_it_lives(containers: Containers) -> None:
     one = await containers.start("one")
-    path = containers.directory / "processes.json"
-    assert one.handle.pid in {record["pid"] for record in json.loads(path.read_text())}
+    assert one.handle.pid in tree.recorded(containers.directory)
     await one.handle.stop(0)
-    assert one.handle.pid not in {record["pid"] for record in json.loads(path.read_text())}
+    assert one.handle.pid not in tree.recorded(containers.directory)
+
+
+def test_the_record_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "LINES", 10)
+    here = tree.Tree(tmp_path)
+    here.add(os.getpid())
+    for _ in range(50):
+        here.add(os.getppid())
+        here.remove(os.getppid())
+        assert set(tree.recorded(tmp_path)) == {os.getpid()}
+    assert len((tmp_path / tree.RECORD).read_bytes().splitlines()) <= 11
 
 
 async def test_stats_count_the_whole_family(containers: Containers) -> None:
@@ -197,14 +207,14 @@ async def test_stats_count_the_whole_family(containers: Containers) -> None:
 
 
 def test_a_record_whose_process_is_another_now_kills_nobody(tmp_path: Path) -> None:
-    path = tmp_path / "processes.json"
-    path.write_text(json.dumps([{"pid": os.getppid(), "started": 1}]))
+    (tmp_path / tree.RECORD).write_text(json.dumps({"pid": os.getppid(), "started": 1}))
     assert tree.reap(tmp_path) == 0
-    assert not path.exists()
+    assert not (tmp_path / tree.RECORD).exists()
 
 
-def test_a_damaged_record_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "processes.json").write_text('[{"pid": ')
+def test_what_is_no_line_of_a_record_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / tree.RECORD).write_bytes(b'[1]\n\xff\n{"pid": 1}\n{"pid": 5, "started": 7}\n{"pid": ')
+    assert tree.recorded(tmp_path) == {5: 7}
     assert tree.reap(tmp_path) == 0
 
 

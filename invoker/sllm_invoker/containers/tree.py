@@ -5,8 +5,11 @@ it forks or leaves its session, and becomes the invoker's child the moment the i
 the invoker that it does not know is what a dead instance left, and is killed (`sweep`).
 
 A killed invoker cannot sweep. Its lifeline ends the zygotes and the process groups of its instances; for what
-escaped those, its next life kills everything in `processes.json` that still is the same process, and everything
-that carries the node's mark in its environment (`reap`).
+escaped those, its next life kills everything on record that still is the same process, and everything that carries the
+node's mark in its environment (`reap`).
+
+The record is a line for each process that came or went, appended: to put a new file in the place of another waits for
+the disk, 15 ms while a checkpoint is read, for each of the starts on their way.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from pathlib import Path
 
 MARK = "SLLM_TREE"
 """Environment variable, set for the base zygote and inherited by everything below it: the node's directory."""
+
+RECORD = "processes.jsonl"
+LINES = 4096
+"""Of the record, after which it is written anew."""
 
 _PROC = Path("/proc")
 
@@ -112,7 +119,8 @@ class Tree:
     """The invoker's own children, and the record of its tree that survives it."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / "processes.json"
+        self._path = directory / RECORD
+        self._lines = 0
         self.mark = str(directory)
         self._known: dict[int, int] = {}
         self._sweeping: asyncio.Lock = asyncio.Lock()
@@ -121,20 +129,26 @@ class Tree:
         """A process of ours: a zygote, an instance, a helper."""
         process = look(pid)
         self._known[pid] = process.started if process else 0
-        self._write()
+        self._note(pid, self._known[pid])
 
     def remove(self, pid: int) -> None:
         if self._known.pop(pid, None) is not None:
-            self._write()
+            self._note(pid, None)
 
     def __contains__(self, pid: int) -> bool:
         return pid in self._known
 
-    def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
+    def _note(self, pid: int, started: int | None) -> None:
         with contextlib.suppress(OSError):  # a full disk must not stop the node; the marks remain
-            temporary.write_text(json.dumps([{"pid": pid, "started": at} for pid, at in self._known.items()]))
-            temporary.replace(self._path)
+            if self._lines >= LINES:
+                temporary = self._path.with_suffix(".tmp")
+                temporary.write_bytes(b"".join(_line(*each) for each in self._known.items()))
+                temporary.replace(self._path)
+                self._lines = 0
+                return
+            with self._path.open("ab", buffering=0) as file:
+                file.write(_line(pid, started))
+            self._lines += 1
 
     def strays(self) -> list[int]:
         """Children of this process that it does not know."""
@@ -191,20 +205,39 @@ def reap(directory: Path, timeout: float = 5.0) -> int:
         if not fds:
             break
         killed += len(fds)
-    (directory / "processes.json").unlink(missing_ok=True)
+    forget(directory)
     return killed
+
+
+def forget(directory: Path) -> None:
+    """Of the node nothing is left."""
+    (directory / RECORD).unlink(missing_ok=True)
+
+
+def recorded(directory: Path) -> dict[int, int]:
+    """When each process on record was started, by its number. A line that is none, as after a crash, says nothing."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(OSError):
+        for line in (directory / RECORD).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                record = json.loads(line)
+                if record["started"] is None:
+                    found.pop(int(record["pid"]), None)
+                else:
+                    found[int(record["pid"])] = int(record["started"])
+    return found
+
+
+def _line(pid: int, started: int | None) -> bytes:
+    return json.dumps({"pid": pid, "started": started}).encode() + b"\n"
 
 
 def _leftovers(directory: Path) -> set[int]:
     found: set[int] = set()
-    try:
-        records = json.loads((directory / "processes.json").read_text())
-        for record in records:
-            process = look(int(record["pid"]))
-            if process is not None and process.started == int(record["started"]):
-                found |= {process.pid, *descendants(process.pid)}
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
+    for pid, started in recorded(directory).items():
+        process = look(pid)
+        if process is not None and process.started == started:
+            found |= {pid, *descendants(pid)}
     marks = f"{MARK}={directory}".encode()
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
