@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from sllm_faas.dispatch.served import Served
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import Demand, TargetDemand
 
@@ -22,18 +23,20 @@ _IDLE = (0, 0)
 class DemandReporter:
     """`counts(target)` gives (waiting, running), `oldest(target)` the seconds since its oldest waiting was submitted;
     `report` sends a Demand and says whether it went out; `want` tells the invokers; `forget` is called for targets that
-    became idle."""
+    became idle. `served` is told along and never by itself."""
 
     def __init__(
         self,
         counts: Callable[[Target], tuple[int, int]],
         line: Callable[[Target], tuple[float, int]],
+        served: Served,
         report: Callable[[Demand], bool],
         want: Callable[[Target], None],
         forget: Callable[[Target], None],
     ) -> None:
         self._counts = counts
         self._line = line
+        self._served = served
         self._report = report
         self._want = want
         self._forget = forget
@@ -82,12 +85,13 @@ class DemandReporter:
             self._want(target)
             now = self._counts(target)
             if now != sent.get(target, _IDLE) or (again and now != _IDLE):
-                items.append(TargetDemand(target, *now, *self._line(target)))
+                items.append(TargetDemand(target, *now, *self._line(target), *self._served.of(target)))
             elif now == _IDLE:
                 self._forget(target)
         if items and not self._report(Demand(tuple(items))):
             return  # no controller: it is told everything when it is back
         for item in items:
+            self._served.told(item.target)
             if item.waiting or item.running:
                 sent[item.target] = (item.waiting, item.running)
             else:

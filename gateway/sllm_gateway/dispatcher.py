@@ -388,7 +388,7 @@ class Dispatcher:
         if not handle.node:
             return
         handle.node = ""
-        self._targets.stopped(handle.inv.target)
+        self._targets.stopped(handle.inv)
         if handle.granted:
             handle.granted = False
             assert handle.slot is not None

@@ -15,6 +15,7 @@ from sllm_faas.dispatch.caps import Caps
 from sllm_faas.dispatch.invocation import Invocation, TargetClock
 from sllm_faas.dispatch.queue import WaitQueue
 from sllm_faas.dispatch.routes import RouteTable
+from sllm_faas.dispatch.served import Served
 from sllm_faas.dispatch.slots import Instance, SlotTable
 from sllm_faas.errors import ErrorInfo, NotFound, to_info
 from sllm_faas.spec import Target
@@ -56,7 +57,8 @@ class Targets:
         self._wanting: set[Target] = set()
         """Where the last WANT may have asked for something."""
         self._clocks: dict[Target, TargetClock] = {}
-        self._demand = DemandReporter(self._counts, self._line, report, self._tell_wants, self._forget)
+        self._served = Served()
+        self._demand = DemandReporter(self._counts, self._line, self._served, report, self._tell_wants, self._forget)
 
     def close(self) -> None:
         self._demand.close()
@@ -151,7 +153,11 @@ class Targets:
         self.caps.started(target.app)
         self._demand.changed(target)
 
-    def stopped(self, target: Target) -> None:
+    def stopped(self, inv: Invocation) -> None:
+        """It is in no slot any more."""
+        target, seconds = inv.target, inv.service
+        if seconds is not None:
+            self._served.add(target, seconds)
         running = self._running.pop(target) - 1
         if running:
             self._running[target] = running
@@ -225,6 +231,7 @@ class Targets:
     def _forget(self, target: Target) -> None:
         if not self.queue.waiting(target) and target not in self._running:
             self._clocks.pop(target, None)
+            self._served.told(target)
 
     def validate(self, running: Mapping[Target, int]) -> None:
         """`running`: what runs, counted by its owner."""

@@ -139,6 +139,7 @@ def _show_function(function: dict[str, Any]) -> None:
             ("memory", output.size(function["memory_mb"] << 20)),
             ("secrets", function["secrets"]),
             ("checkpoint", f"{checkpoint['source']} ({checkpoint['digest'][:12]})" if checkpoint else None),
+            ("service time", _service_time(function["service_time"])),
             ("now", f"{function['running']} running, {function['waiting']} waiting"),
         ]
     )
@@ -165,6 +166,14 @@ def _tokens(limit: int, targets: list[dict[str, Any]]) -> str | None:
     """Only where they are counted."""
     now = sum(target["tokens"] for target in targets)
     return f"{limit} to an instance; running and waiting now: about {now}" if limit else None
+
+
+def _service_time(took: dict[str, Any] | None) -> str | None:
+    """What an invocation keeps its slot for."""
+    if took is None:
+        return None
+    sure = f" ± {output.duration(took['deviation'])}" if took["deviation"] is not None else ""
+    return f"{output.duration(took['seconds'])}{sure} in a slot (mean of {took['seen']})"
 
 
 def _show_node(node: dict[str, Any]) -> None:

@@ -191,6 +191,9 @@ class TargetState:
     """Why its start has to wait for room."""
     look_at: float = 0.0
     """While it waits for room: until then, its choice stands unless room appears."""
+    waits_up_to: int = 0
+    """Demand in invocations with which it chose to wait for a slot of its own instances; 0: it did not. With more it
+    chooses anew."""
     placement: str = ""
     """The last choice of a node, explained."""
     alarm: float | None = None

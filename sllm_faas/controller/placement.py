@@ -7,6 +7,9 @@ For every candidate node, cheapest first, in estimated seconds to the first toke
     idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
     busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
 
+Where no node has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then
+that is waited for, but together no longer than that way would take.
+
 Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
 many instances share them. A node whose memory is unknown (0) admits everything.
 
@@ -25,6 +28,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from sllm_faas.controller.estimate import Estimate
+from sllm_faas.controller.service_times import SlotWait
 
 SHOWN = 5
 MOVES = 4
@@ -174,9 +178,17 @@ class Full:
     again: float = AGAIN
     hint: str = ""
     """What would help."""
+    own_slot: bool = False
+    """It waits for a slot of its own instances."""
 
 
 Choice = Placed | Evict | Move | Full
+OwnSlot = Callable[[], SlotWait | None]
+"""What waiting for a slot of one's own instances would be; asked only where a start would harm others."""
+
+
+def no_slot() -> None:
+    return None
 
 
 class Policy(Protocol):
@@ -184,7 +196,7 @@ class Policy(Protocol):
 
     exhaustive: bool
 
-    def place(self, candidates: Sequence[Candidate]) -> Choice: ...
+    def place(self, candidates: Sequence[Candidate], own_slot: OwnSlot = no_slot, /) -> Choice: ...
 
 
 class Cheapest:
@@ -192,14 +204,14 @@ class Cheapest:
 
     exhaustive = False
 
-    def place(self, candidates: Sequence[Candidate]) -> Choice:
-        return place(candidates)
+    def place(self, candidates: Sequence[Candidate], own_slot: OwnSlot = no_slot) -> Choice:
+        return place(candidates, own_slot=own_slot)
 
 
 DEFAULT = Costs()
 
 
-def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
+def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: OwnSlot = no_slot) -> Choice:
     nodes = list(candidates)
     if not nodes:
         return Full("no node is up and open for instances")
@@ -214,7 +226,7 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
     left = best = fitting[0][0] if fitting else inf
     way: Callable[[], Evict | Move | Full] | None = None
     """To be put into words if it wins."""
-    busy = []
+    harms, busy = False, []
     for _, _, _, total, node in ranked:
         if total >= best:
             break  # at the first that has room at the latest
@@ -222,11 +234,11 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
             continue
         if node.will_fit():
             if total + costs.freeing < best:
-                way, best = partial(_wait, node), total + costs.freeing
+                way, best, harms = partial(_wait, node), total + costs.freeing, False
         elif total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
             cost = total + sum(map(costs.of, idle))
             if cost < best:
-                way, best = partial(_evict, node, idle), cost
+                way, best, harms = partial(_evict, node, idle), cost, True
         else:
             busy.append((total, node))
     for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
@@ -234,10 +246,12 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT) -> Choice:
         if limit > 0 and (moves := cheapest_moves(node, costs, limit)):
             cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
             if cost < best:
-                way, best = partial(_move, node, moves), cost
+                way, best, harms = partial(_move, node, moves), cost, True
     if way is None:
         return _placed([node for _, node in fitting], len(nodes)) if fitting else no_room(nodes)
     choice = way()
+    if harms and not fitting and (slot := own_slot()) is not None and slot.waited + slot.seconds < best:
+        return _wait_for_slot(slot, best, choice)
     if fitting and left - best < choice.again:
         # A place that is there was left for this one; queues shorten by a second per second, so it may be better then.
         choice = replace(choice, again=max(LEAST, left - best))
@@ -325,6 +339,11 @@ def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
 
 def _wait(node: Candidate) -> Full:
     return Full(f"waits for memory that is being freed on {node.name}")
+
+
+def _wait_for_slot(slot: SlotWait, best: float, other: Choice) -> Full:
+    why = f"waits for a slot, {slot}; otherwise in {best:.2f} s, {other.why}"
+    return Full(why, again=max(LEAST, slot.seconds), own_slot=True)
 
 
 def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -25,6 +26,7 @@ from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.migration import Migrations, can_move
 from sllm_faas.controller.model import Instance, TargetState, key_of
+from sllm_faas.controller.service_times import SlotWait, slot_wait
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
 from sllm_faas.wire.messages import Start, Stop, TargetFailed
@@ -110,7 +112,7 @@ class Scaler:
         kept = self._pressure(record, waiting + running, few, ready, want, window if mode == "serving" else 0.0)
         blocked = ""
         if spec is not None and want > len(live):
-            blocked = self._grow(record, spec, want - len(live), live)
+            blocked = self._grow(record, spec, want - len(live), live, waiting + running)
             if not blocked:
                 self.ledger.dirty.discard(key)  # by its own starts, which leave nothing more to do
         elif len(live) > want:
@@ -139,8 +141,8 @@ class Scaler:
             self.ledger.wake_target(record, self.ledger.now + soon)
         return kept
 
-    def _grow(self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance]) -> str:
-        """Start what is missing. Returns why it has to wait for room, if it has to."""
+    def _grow(self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance], load: int) -> str:
+        """Start what is missing for a demand of `load` invocations. Returns why it has to wait, if it has to."""
         if self.ledger.now < record.retry_at:
             self.ledger.wake_target(record, record.retry_at)
             return ""
@@ -149,12 +151,16 @@ class Scaler:
         if record.failures:
             # After a failure one start is the probe; the others wait for how it ends.
             missing = min(missing, 1 - sum(instance.state != "ready" for instance in live))
-        if record.blocked and self.ledger.now < record.look_at and missing > 0:
+        grown = 0 < record.waits_up_to < load
+        if record.blocked and self.ledger.now < record.look_at and missing > 0 and not grown:
             self.ledger.wake_target(record, record.look_at)
             return record.blocked
         for _ in range(missing):
-            choice = self.policy.place(self.candidates.of(record.target, spec))
+            choice = self.policy.place(
+                self.candidates.of(record.target, spec), partial(self._own_slot, record, spec, load)
+            )
             why = record.placement = choice.why
+            record.waits_up_to = 0
             if isinstance(choice, placement.Placed):
                 self.start(record.target, spec, choice.node, choice.estimate, why)
                 continue
@@ -168,10 +174,23 @@ class Scaler:
                 record.error = to_info(NoCapacity(f"{record.target} cannot start: {choice.why}", hint=choice.hint))
                 record.retry_at = self.ledger.now + autoscale.BACKOFF_LIMIT
                 self.ledger.wake_target(record, record.retry_at)
+            elif choice.own_slot:
+                record.waits_up_to = load
             record.look_at = self.ledger.now + min(choice.again, placement.AGAIN)
             self.ledger.wake_target(record, record.look_at)
             return why
         return ""
+
+    def _own_slot(self, record: TargetState, spec: FunctionSpec, load: int) -> SlotWait | None:
+        """Waiting for those that are ready instead of one more start; None: that one is not wanted for who waits."""
+        target, now = record.target, self.ledger.now
+        live = self.ledger.live(key_of(target))
+        if record.waiting_since is None or len(live) < self.scaling_of(target, spec).min_containers:
+            return None
+        ahead = load - sum([i.concurrency for i in live])
+        slots = sum([i.concurrency for i in live if i.state == "ready"])
+        function = f"{target.app}/{target.function}"
+        return slot_wait(self.state.book, function, ahead, slots, now - record.waiting_since)
 
     def _shrink(
         self,

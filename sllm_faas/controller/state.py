@@ -46,7 +46,7 @@ from typing import Any, cast
 
 import msgspec
 
-from sllm_faas.controller import estimate, tables
+from sllm_faas.controller import estimate, service_times, tables
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.commands import (
     Command,
@@ -259,6 +259,9 @@ class Machine:
             raise IllegalTransition(f"gateway {event.gateway} is absent: event 'DemandSeen' is not possible")
         for item in event.items:
             self.ledger.set_demand(gateway, item)
+            if item.served:
+                function = f"{item.target.app}/{item.target.function}"
+                service_times.learn(self.state.book, function, item.served, item.busy_seconds)
 
     # -- nodes -----------------------------------------------------------------------------------------------
 

@@ -6,8 +6,11 @@ import dataclasses
 import difflib
 from typing import Any
 
+import msgspec
+
 from sllm_faas.controller.ledger import Ledger, resolve
 from sllm_faas.controller.model import App, Instance, Move, MoveRecord, Node, StartRecord, TargetState, Version, key_of
+from sllm_faas.controller.service_times import service_time
 from sllm_faas.errors import ErrorInfo, NotFound
 from sllm_faas.spec import FunctionSpec, Timeline
 
@@ -94,9 +97,11 @@ class Views:
             names = [spec.name for spec in version.spec.functions] if version else []
             raise NotFound(f"app {app_name!r} has no function {name!r}", hint=_similar(name, names), param="function")
         targets = [self.target(record, now) for record in self._targets(app_name, name)]
+        took = service_time(self.state.book, f"{app_name}/{name}")
         return {
             **self.function(version, name),
             "desired": sum(target["desired"] for target in targets),
+            "service_time": msgspec.structs.asdict(took) if took else None,
             "targets": targets,
             "starts": [start(record, now) for record in self.state.history.get(f"{app_name}/{name}", [])],
             "moves": [made(record, now) for record in self.state.moved if record.function == f"{app_name}/{name}"],

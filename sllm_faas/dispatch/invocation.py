@@ -172,6 +172,8 @@ class Invocation:
     """When its last output came, or it was dispatched or given credit after that."""
     vain: int = 0
     """RESUMEs since its last output."""
+    partly: bool = False
+    """Of this attempt, not all the time in a slot was seen from here, or it was not in one all the time."""
     ended: float = 0.0
     _wake: float = 0.0
     _cancelled: float = 0.0
@@ -214,6 +216,7 @@ class Invocation:
         self.attempt += 1
         self.fence += 1
         self.resumes = self.vain = 0
+        self.partly = False
         self._wake = now + self.retries.delay(self.attempt)
 
     def wake(self, now: float, clock: TargetClock) -> None:
@@ -238,6 +241,7 @@ class Invocation:
         self.fence += 1
         self.resumes += 1
         self.vain += 1
+        self.partly = True
         self.resume = resume
         self._waited = (0.0, 0.0)
         self.wait(now, clock)
@@ -291,6 +295,12 @@ class Invocation:
     def adopt(self, now: float) -> None:
         """Speak for one that runs already: its clocks begin now."""
         self.dispatched = self.active = now
+        self.partly = True
+
+    @property
+    def service(self) -> float | None:
+        """Seconds it was in a slot, of one that has ended there; None: it has not, or that is not known."""
+        return self.ended - self.dispatched if self.state is State.ENDED and not self.partly else None
 
     # -- deadlines -------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from sllm_faas.controller import events as ev
 from sllm_faas.dispatch.queue import WaitQueue
+from sllm_faas.dispatch.served import Served
 from sllm_faas.dispatch.slots import Instance, SlotTable
 from sllm_faas.errors import QueueFull
 from sllm_faas.sim.clock import Clock
@@ -47,6 +48,8 @@ class Call:
     began: float = 0.0
     """At its present instance, after the prompt."""
     slot: Instance | None = None
+    placed: float = 0.0
+    """When it got that, or the one it was moved from."""
     turn: int = 0
     """Raised whenever what was planned for it is void."""
 
@@ -95,6 +98,7 @@ class SimGateway:
         self._tells_tokens, self._moves, self._resumes = tokens, moves, resumes
         self.queue: WaitQueue[Call] = WaitQueue(1_000_000)
         self.slots = SlotTable()
+        self._served = Served()
         self._lines: dict[Target, Line] = {target: Line() for target in targets}
         self._changed: dict[Target, None] = {}
         self._gathering = False
@@ -125,7 +129,7 @@ class SimGateway:
     def _begin(self, call: Call, slot: Instance) -> None:
         now = self._clock.now
         call.waited += now - call.since
-        call.slot = slot
+        call.slot, call.placed = slot, now
         line = self._lines[call.target]
         line.running += 1
         key = (slot.node, slot.number)
@@ -163,6 +167,7 @@ class SimGateway:
         samples.ttft.append(ttft)
         if call.model.slo_ttft and ttft <= call.model.slo_ttft:
             samples.counts["kept"] += 1
+        self._served.add(call.target, self._clock.now - call.placed)
         self._leave(call)
 
     def _leave(self, call: Call) -> None:
@@ -267,7 +272,9 @@ class SimGateway:
         self.slots.release(old)
         call.done, call.since = done, self._clock.now
         call.waited += PAUSE
+        placed = call.placed
         self._begin(call, slot)
+        call.placed = placed
         # What was computed at the destination need not be again: it goes on after the pause.
         call.began = self._clock.now + PAUSE
         self._plan(call)
@@ -318,7 +325,8 @@ class SimGateway:
                 line.sent = now
                 oldest = self.queue.oldest(target)
                 age = self._clock.now - oldest.since if oldest else 0.0
-                items.append(TargetDemand(target, *now, age, self.queue.tokens(target)))
+                items.append(TargetDemand(target, *now, age, self.queue.tokens(target), *self._served.of(target)))
+                self._served.told(target)
         if items:
             self._tell(ev.DemandSeen(NAME, tuple(items)))
 

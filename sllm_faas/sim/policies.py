@@ -24,11 +24,13 @@ from sllm_faas.controller.placement import (
     Costs,
     Evict,
     Full,
+    OwnSlot,
     Placed,
     Policy,
     cheapest,
     cheapest_idle,
     no_room,
+    no_slot,
     place,
 )
 
@@ -43,7 +45,7 @@ class _Blind(ABC):
     def __init__(self, rng: Random) -> None:
         self.rng = rng
 
-    def place(self, candidates: Sequence[Candidate]) -> Choice:
+    def place(self, candidates: Sequence[Candidate], _own_slot: OwnSlot = no_slot) -> Choice:
         nodes = sorted(candidates, key=lambda node: node.name)
         if not nodes:
             return Full("no node is up and open for instances")
@@ -85,7 +87,7 @@ class Preempt:
 
     exhaustive = True
 
-    def place(self, candidates: Sequence[Candidate]) -> Choice:
+    def place(self, candidates: Sequence[Candidate], _own_slot: OwnSlot = no_slot) -> Choice:
         choice = place((_unmovable(node) for node in candidates), FREE)
         best = choice.estimate.total if isinstance(choice, Placed) else inf
         for node in sorted(candidates, key=lambda node: (node.estimate.total, node.name)):
@@ -118,7 +120,7 @@ def _unmovable(node: Candidate) -> Candidate:
 class Published:
     exhaustive = True
 
-    def place(self, candidates: Sequence[Candidate]) -> Choice:
+    def place(self, candidates: Sequence[Candidate], _own_slot: OwnSlot = no_slot) -> Choice:
         return place(candidates, FREE)
 
 

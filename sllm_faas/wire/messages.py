@@ -447,13 +447,16 @@ class RoutesDelta:
 @dataclass(frozen=True, slots=True)
 class TargetDemand:
     """What one gateway has for a target now: absolute. `oldest` is the age in seconds of the oldest waiting; `tokens`
-    about how many there are in the prompts that wait."""
+    about how many there are in the prompts that wait. Not absolute: `served` have ended since the target was last told
+    of, after `busy_seconds` together in their slots."""
 
     target: Target
     waiting: int
     running: int
     oldest: float = 0.0
     tokens: int = 0
+    served: int = 0
+    busy_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.state import Machine
 from sllm_faas.spec import Target
+from sllm_faas.wire.messages import TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import World
 
@@ -85,9 +86,12 @@ class Chaos(RuleBasedStateMachine):
         version=st.integers(1, 3),
         waiting=st.integers(0, 5),
         running=st.integers(0, 3),
+        served=st.sampled_from([0, 0, 3, 20]),
+        each=st.sampled_from([0.01, 0.5, 8.0]),
     )
-    def demand(self, gateway, name, function, version, waiting, running):
-        self.world.demand(gateway, Target(name, function, version), waiting, running)
+    def demand(self, gateway, name, function, version, waiting, running, served, each):
+        item = TargetDemand(Target(name, function, version), waiting, running, 0.0, 0, served, served * each)
+        self.world.feed(ev.DemandSeen(gateway, (item,)))
 
     @rule(gateway=st.sampled_from(GATEWAYS))
     def gateway_lost(self, gateway):

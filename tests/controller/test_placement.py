@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_faas.controller import placement
 from sllm_faas.controller.estimate import Estimate
-from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Placed, place
+from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Movable, OwnSlot, Placed, place
+from sllm_faas.controller.service_times import ServiceTime, SlotWait
 
 
 def node(name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=(), **more):
@@ -92,6 +94,42 @@ def test_who_waits_though_there_is_room_elsewhere_looks_again_when_that_may_be_s
     choice = place([node("a", 1.0, need=200, free=50, freeing=150), node("b", 2.5)])
     assert isinstance(choice, Full)
     assert choice.again == 1.5
+
+
+def waiting(seconds: float, waited: float = 0.0) -> OwnSlot:
+    return lambda: SlotWait(seconds, waited, 1, 2, ServiceTime(2 * seconds, None, 9))
+
+
+IDLE = (Idle("i", 100, 9.0),)
+MOVABLE = Movable("i", 100, 0, "m", 0.5)
+
+
+@pytest.mark.parametrize(
+    "way", [{"idle": IDLE}, {"idle": (Idle("i", 100, 0.0, rests=2.0),)}, {"movable": lambda _: [MOVABLE]}]
+)
+def test_a_slot_of_its_own_is_waited_for_where_a_start_would_harm_others_for_longer(way):
+    full = node("a", 1.0, free=0, **way)
+    harmful = place([full])
+    choice = place([full], own_slot=waiting(0.9))
+    assert isinstance(choice, Full)
+    assert choice.own_slot
+    assert choice.again == 0.9
+    assert choice.why.startswith("waits for a slot, about 0.90 s; 1 waits for 2 slots, kept for 1.80 s (mean of 9); ")
+    assert choice.why.endswith(harmful.why)
+    assert place([full], own_slot=waiting(9.0)) == harmful
+    assert place([full], own_slot=waiting(0.9, waited=9.0)) == harmful, "it did not come"
+
+
+def test_the_slot_is_not_asked_about_where_nobody_would_be_harmed():
+    def asked() -> SlotWait:
+        raise AssertionError
+
+    assert isinstance(place([node("a")], own_slot=asked), Placed)
+    assert isinstance(place([node("a", free=0, freeing=100)], own_slot=asked), Full)
+    assert isinstance(place([node("a", free=0)], own_slot=asked), Full)
+    assert isinstance(place([], own_slot=asked), Full)
+    # There is a node with room, only not the fastest: as ever.
+    assert isinstance(place([node("a", 1.0, free=0, idle=IDLE), node("b", 2.0)], own_slot=asked), Evict)
 
 
 nodes = st.lists(

@@ -16,7 +16,7 @@ from sllm_faas.errors import Cancelled, ErrorInfo, QueueFull, Unavailable, Worke
 from sllm_faas.spec import FunctionSpec, MethodSpec, RetryPolicy, Target, Timeouts
 from sllm_faas.wire import codec
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import Done, Failed, FunctionRoute, Refused, Routes
+from sllm_faas.wire.messages import Done, Failed, FunctionRoute, Refused, Routes, TargetDemand
 from tests.gateway.world import T, Wire, World
 
 
@@ -491,3 +491,64 @@ async def test_a_raised_cap_lets_those_run_who_waited_for_it(world: World) -> No
     capped(world, 0, seq=4)
     handles = [world.submit() for _ in range(4)]
     assert world.invoked()[3:] == [handle.inv.id for handle in handles]
+
+
+async def trail(world: World) -> list[TargetDemand]:
+    """What is told once what there is to tell has been gathered."""
+    before = len(world.demand())
+    world.dispatcher._targets._demand._trail()
+    return world.demand()[before:]
+
+
+async def test_how_long_slots_were_kept_is_told_with_the_demand_and_once(world: World) -> None:
+    world.grant(1, concurrency=1)
+    first, second = world.submit(), world.submit()
+    world.pass_time(0.25)
+    world.done(first)
+    world.pass_time(0.5)
+    (told,) = await trail(world)
+    assert (told.waiting, told.running, told.served, told.busy_seconds) == (0, 1, 1, 0.25)
+    world.done(second)
+    (told,) = await trail(world)
+    assert (told.running, told.served, told.busy_seconds) == (0, 1, 0.5), "not the time it waited"
+    third = world.submit()
+    (told,) = await trail(world)
+    assert (told.running, told.served, told.busy_seconds) == (1, 0, 0.0)
+    world.done(third)
+
+
+async def test_what_was_served_while_no_controller_was_there_is_told_when_it_is_back(world: World) -> None:
+    world.grant(1, concurrency=1)
+    first, second = world.submit(), world.submit()
+    world.dispatcher.controller_down()
+    world.pass_time(0.25)
+    world.done(first)
+    assert await trail(world) == []
+    world.dispatcher.controller_up(world.controller)
+    assert [(item.running, item.served, item.busy_seconds) for item in world.demand()] == [(1, 1, 0.25)]
+    world.done(second)
+
+
+async def test_what_ran_elsewhere_too_or_never_says_nothing_of_how_long_slots_are_kept(world: World) -> None:
+    world.grant(1)
+    handle, waits = world.submit(retries=RetryPolicy(max_retries=1)), world.submit()
+    world.dispatcher.cancel(waits)
+    world.pass_time(5.0)
+    world.reply(handle, Type.REFUSED, Refused("no_slot"))
+    world.grant(1)
+    assert handle.inv.service is None
+    world.pass_time(0.5)
+    world.done(handle)
+    assert handle.inv.service == 0.5, "of the attempt that ran"
+    other = world.submit()
+    other.inv.adopt(world.now)
+    world.done(other)
+    assert other.inv.service is None
+    last = world.submit()
+    (told,) = await trail(world)
+    assert (told.running, told.served, told.busy_seconds) == (1, 1, 0.5)
+    world.done(last)
+    (told,) = await trail(world)
+    assert (told.running, told.served) == (0, 1)
+    world.done(world.submit())
+    assert await trail(world) == [], "no report for its sake alone"

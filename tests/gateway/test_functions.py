@@ -15,7 +15,7 @@ from sllm_gateway import note
 from sllm_faas.errors import ErrorInfo, StartFailed, to_info
 from sllm_faas.spec import Target
 from sllm_faas.wire.header import Header, Type
-from sllm_faas.wire.messages import Done, Invoke, Refused, TargetFailed
+from sllm_faas.wire.messages import Done, Invoke, Refused, TargetDemand, TargetFailed
 from tests.gateway.fakes import SCRIPTS, FakeInvoker, Rig, Running, bearer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -265,9 +265,13 @@ async def test_what_waits_for_an_instance_is_demanded_and_runs_when_one_is_grant
     assert (await waiting).json() == {"a": 1}
     gateway.invoker.grant("cold", 60, limit=0, concurrency=1, state="stopped")
     await gateway.invoker.granted()
-    await controller.until(
-        lambda: any(item == type(item)(target, 0, 0) for each in controller.demand for item in each.items)
-    )
+
+    def told() -> list[TargetDemand]:
+        return [item for each in controller.demand for item in each.items if item.target == target]
+
+    await controller.until(lambda: (told()[-1].waiting, told()[-1].running) == (0, 0))
+    assert sum(item.served for item in told()) == 1
+    assert 0.0 < sum(item.busy_seconds for item in told()) < 10.0
 
 
 async def test_a_full_line_is_a_429_with_retry_after_and_the_rest_is_served(gateway: Rig) -> None:

@@ -37,7 +37,7 @@ BODIES = [
     (Type.GRANT, m.Grant("i-1", TARGET, 2, 4, "node-0", timeline=Timeline(1.0, (Span("fork", 0.0, 0.01),)))),
     (Type.START, m.Start("i-1", TARGET, SPEC, "b" * 64)),
     (Type.ROUTES, m.Routes(4, (m.FunctionRoute("app", 3, SPEC),))),
-    (Type.DEMAND, m.Demand((m.TargetDemand(TARGET, 3, 1, 0.5),))),
+    (Type.DEMAND, m.Demand((m.TargetDemand(TARGET, 3, 1, 0.5, 70, 2, 0.9),))),
 ]
 
 
