@@ -10,13 +10,18 @@ from sllm_faas.errors import BadRequest
 from sllm_faas.sim.results import Result, Samples
 
 
-def draw(results: Sequence[tuple[Result, Samples]], directory: Path) -> list[Path]:
-    """One file per scenario and rate. Raises BadRequest when matplotlib is not installed."""
+def check() -> None:
+    """Raises BadRequest when matplotlib is not installed: better said before a long run than after."""
     try:
         import matplotlib
     except ImportError:
         raise BadRequest("plots need matplotlib, which is not installed", hint="pip install 'sllm-faas[sim]'") from None
     matplotlib.use("agg")
+
+
+def draw(results: Sequence[tuple[Result, Samples]], directory: Path) -> list[Path]:
+    """One file per scenario and rate. Raises BadRequest when matplotlib is not installed."""
+    check()
     from matplotlib.figure import Figure
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,10 @@ class FunctionModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadModel:
-    """`rate` requests a second over all functions. `popularity`: Zipf exponent over all functions, 0 is uniform."""
+    """`rate` requests a second over all functions; a trace's times are scaled to it.
+
+    `popularity`: Zipf exponent over all functions, 0 is uniform.
+    """
 
     arrivals: Arrivals = "gamma"
     rate: float = 1.0
@@ -142,8 +146,8 @@ def check(scenario: Scenario) -> None:
         *((f"time of {f.name}", min(f.seconds, f.per_input, f.per_output), 0.0) for f in scenario.functions),
         *(("rate", rate, 1e-9) for rate in scenario.rates),
     ):
-        if not value >= least:
-            raise BadRequest(f"{what} is {value!r}; allowed: at least {least:g}")
+        if not least <= value < inf:
+            raise BadRequest(f"{what} is {value!r}; allowed: a number, at least {least:g}")
     if not scenario.nodes or not scenario.functions:
         raise BadRequest("a scenario needs at least one kind of node and one of function")
     if scenario.load.arrivals == "trace" and not scenario.load.trace:

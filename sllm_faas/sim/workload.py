@@ -47,6 +47,15 @@ class Trace:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    @property
+    def rate(self) -> float:
+        """Its own mean rate, requests a second. Raises BadRequest when all came at one moment: they have none."""
+        if not self.arrivals or not self.arrivals[-1]:
+            raise BadRequest(
+                "the requests of the trace all have the same time, so it has no rate of its own", hint="Give --rate."
+            )
+        return (len(self.arrivals) - 1) / self.arrivals[-1]
+
 
 def read_trace(path: Path) -> Trace:
     """Azure LLM 2023 format. Raises BadRequest with the line that is wrong."""
@@ -116,13 +125,13 @@ def minutes(rng: Random, rate: float, spread: float = 0.5, memory: float = 0.8) 
 
 
 def replay(trace: Trace, rate: float) -> Iterator[tuple[float, int, int]]:
-    """The file's requests, its times scaled so that the mean rate is `rate`."""
-    mean = len(trace.arrivals) / max(trace.arrivals[-1], 1e-9)
-    scale, start = mean / rate, 0.0
+    """The file's requests, again and again, their times scaled so that the mean rate is `rate`."""
+    scale = trace.rate / rate if trace.arrivals[-1] else 0.0
+    start = 0.0
     while True:
         for at, tokens_in, tokens_out in zip(trace.arrivals, trace.inputs, trace.outputs, strict=True):
             yield start + at * scale, tokens_in, tokens_out
-        start += (trace.arrivals[-1] + 1.0 / mean) * scale
+        start += len(trace.arrivals) / rate
 
 
 def stream(rng: Random, load: LoadModel, rate: float) -> Iterator[float]:

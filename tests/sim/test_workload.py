@@ -74,6 +74,27 @@ def test_a_trace_is_sorted_and_starts_at_zero(tmp_path: Path):
     assert trace.inputs == (374, 12, 396)
 
 
+def test_a_trace_at_its_own_rate_keeps_its_times_and_begins_anew_after_a_mean_interval(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text(TRACE)
+    trace = workload.read_trace(path)
+    assert trace.rate == pytest.approx(2 / 4.314579)
+    times = [at for at, _, _ in islice(workload.replay(trace, trace.rate), 5)]
+    again = 4.314579 * 3 / 2
+    assert times == pytest.approx((0.0, 1.31941, 4.314579, again, again + 1.31941))
+    many = [at for at, _, _ in islice(workload.replay(trace, 5.0), 30_001)]
+    assert many[-1] == pytest.approx(6000.0)
+
+
+def test_requests_of_one_moment_have_no_rate_of_their_own(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(TRACE.splitlines()[:2]))
+    trace = workload.read_trace(path)
+    with pytest.raises(BadRequest, match="rate of its own"):
+        _ = trace.rate
+    assert [at for at, _, _ in islice(workload.replay(trace, 2.0), 3)] == [0.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize(
     "text", ["", "a,b,c\n", TRACE + "x,1,2\n", TRACE.splitlines()[0] + "\n", TRACE + "2023-11-16 18:15:46,a,1"]
 )
