@@ -17,6 +17,13 @@ _PAPER_NOTES = (
     "assumed: lengths like GSM8K (in 100, out 130 tokens) and decode rates of an A40 (28, 50, 75 ms per token)",
     "instances are kept 60 s after their last request unless their room is needed (assumed)",
 )
+_PAPER_GRID = (
+    "assumed: {rates} requests/s, that is {parts} % of the {full:.1f} that its GPUs could serve were every model"
+    " loaded, about what 0.2, 0.8, 1.4 and 2.0 are for OPT-6.7B; the disks can load {cold:.1f} models a second"
+)
+
+
+_MEAN_OUTPUT = 130
 
 
 def _opt(name: str, count: int, gb: float, gpus: int, per_output: float) -> FunctionModel:
@@ -30,19 +37,29 @@ def _opt(name: str, count: int, gb: float, gpus: int, per_output: float) -> Func
         per_input=per_output / 60,
         per_output=per_output,
         input="lognormal:100:250",
-        output="lognormal:130:320",
+        output=f"lognormal:{_MEAN_OUTPUT}:320",
     )
 
 
-def _paper(name: str, functions: tuple[FunctionModel, ...]) -> Scenario:
+def _paper(name: str, functions: tuple[FunctionModel, ...], rates: tuple[float, ...]) -> Scenario:
+    """`rates` go up to saturation: the last is past what the disks could load were every request cold."""
+    cluster, models = _PAPER_CLUSTER, sum(each.count for each in functions)
+    seconds = sum(each.count * each.gpus * _MEAN_OUTPUT * each.per_output for each in functions) / models
+    full = cluster.count * cluster.gpus / seconds
+    grid = _PAPER_GRID.format(
+        rates=", ".join(f"{rate:g}" for rate in rates),
+        parts=", ".join(f"{100 * rate / full:.0f}" for rate in rates),
+        full=full,
+        cold=cluster.count * cluster.disk / (sum(each.count * each.checkpoint_gb for each in functions) / models),
+    )
     return Scenario(
         name,
-        nodes=(_PAPER_CLUSTER,),
+        nodes=(cluster,),
         functions=functions,
-        load=LoadModel("gamma", rate=1.4, cv=8.0, popularity=0.5),
+        load=LoadModel("gamma", rate=rates[2], cv=8.0, popularity=0.5),
         seconds=1800.0,
-        rates=(0.2, 0.8, 1.4, 2.0),
-        assumptions=_PAPER_NOTES,
+        rates=rates,
+        assumptions=(*_PAPER_NOTES, grid),
     )
 
 
@@ -174,10 +191,10 @@ PRESETS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
         _small(),
-        _paper("paper", (_OPT_6,)),
-        _paper("paper-13b", (_OPT_13,)),
-        _paper("paper-30b", (_OPT_30,)),
-        _paper("paper-mixed", (_OPT_6, _OPT_13, _OPT_30)),
+        _paper("paper", (_OPT_6,), (0.2, 0.8, 1.4, 2.0)),
+        _paper("paper-13b", (_OPT_13,), (0.1, 0.4, 0.8, 1.1)),
+        _paper("paper-30b", (_OPT_30,), (0.05, 0.15, 0.25, 0.35)),
+        _paper("paper-mixed", (_OPT_6, _OPT_13, _OPT_30), (0.1, 0.4, 0.8, 1.1)),
         _hydra(2.0),
         _hydra(4.0),
         _hydra(8.0),
