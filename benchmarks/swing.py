@@ -2,12 +2,16 @@
 
 Poisson arrivals whose rate goes up, stays and comes down, then silence until the instances are gone; half of the
 requests are streams. Every answer is checked in full. The instance count is read from the controller's log: each
-start is one up, each stop one down; a swing should change direction once, at its top.
+start is one up, each stop one down; a swing should change direction once, at its top. Memory is that of all processes
+of the platform, by what they are: before the first request, and after each swing once no instance is left. What is kept
+on purpose then, zygotes of warm layers and the process forked ahead of need, is there at the start too for a function
+without libraries; so memory is to be back where it began, but for a tenth that the servers' own heaps may have grown.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import json
 import math
@@ -29,6 +33,8 @@ kept, so that they are stopped while others serve."""
 SILENCE = 12.0
 """Seconds without a request: the function keeps idle instances for eight."""
 PARTS = 4
+PROCESSES = ("supervisor", "controller", "gateway", "invoker", "zygote", "standby", "instance")
+"""Of the platform, in the order shown. Warm layers are zygotes; a process forked ahead of need is a standby."""
 
 
 def arrivals(rng: random.Random) -> Iterator[float]:
@@ -86,24 +92,31 @@ def turns(values: list[int]) -> int:
     return sum(a * b < 0 for a, b in pairwise(steps))
 
 
-def memory_mb(platform: Platform) -> float:
-    """Proportional memory of all processes of the platform."""
+def memory_mb(platform: Platform) -> dict[str, float]:
+    """Proportional memory of the platform's processes, by what they are."""
     root = json.loads((platform.state / "run/supervisor.json").read_text())["pid"]
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError):
             children.setdefault(int(path.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(path.parent.name))
-        except OSError:
-            continue
-    total, open_ = 0, [root]
+    parts, open_ = dict.fromkeys(PROCESSES, 0.0), [root]
     while open_:
         pid = open_.pop()
         open_ += children.get(pid, [])
-        try:
-            total += memory_kb(pid).get("Pss", 0)
-        except OSError:
-            continue
-    return total / 1024
+        with contextlib.suppress(OSError):  # it is gone
+            name = part(pid)
+            parts[name] = parts.get(name, 0.0) + memory_kb(pid).get("Pss", 0) / 1024
+    return parts
+
+
+def part(pid: int) -> str:
+    """The name a forked process gave itself, or the last word of the module it runs. Raises OSError when it is gone."""
+    name = Path(f"/proc/{pid}/comm").read_text().strip()
+    if name.startswith("sllm-"):
+        return name.removeprefix("sllm-")
+    command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    module = command[command.index("-m") + 1] if "-m" in command else name
+    return module.rsplit(".", 1)[-1].removeprefix("sllm_")
 
 
 async def instances(client: httpx.AsyncClient) -> int:
@@ -115,7 +128,8 @@ async def run(platform: Platform, swings: int, report: Report) -> None:
     limits = httpx.Limits(max_connections=500)
     rows, wrong, cut, most_turns, left = [], 0, 0, 0, 0
     async with httpx.AsyncClient(base_url=platform.url, headers=platform.headers, timeout=60, limits=limits) as client:
-        before = 0.0
+        await asyncio.sleep(SILENCE)
+        held_mb = [memory_mb(platform)]
         for number in range(swings):
             began = time.time()
             answers = await swing(client, rng)
@@ -128,13 +142,12 @@ async def run(platform: Platform, swings: int, report: Report) -> None:
             cut += sum(stream for stream, _ in bad)
             most_turns = max(most_turns, turns(held))
             left = max(left, await instances(client))
-            memory = memory_mb(platform)
-            before = before or memory
+            held_mb.append(memory_mb(platform))
             seconds = [value for _, text, value in answers if not text]
             rows.append(
                 [number + 1, len(answers), len(bad), max(held), turns(held), held[-1]]
                 + [f"{1e3 * percentile(seconds, q):.0f}" for q in (50, 99)]
-                + [f"{memory:.0f}"]
+                + [f"{sum(held_mb[-1].values()):.0f}"]
             )  # fmt: skip
     table(["swing", "requests", "lost", "most instances", "turns", "at the end", "p50 ms", "p99", "MiB"], rows)
     needed = math.ceil(RATE * 0.2)
@@ -143,7 +156,17 @@ async def run(platform: Platform, swings: int, report: Report) -> None:
     report.at_most("streams cut", cut, 0)
     report.at_most("most changes of direction in a swing", most_turns, 1)
     report.at_most("instances left after a swing", left, 0)
-    report.at_most("memory after the last swing / after the first", memory / before, 1.1)
+    totals = [sum(parts.values()) for parts in held_mb]
+    print("\nMiB by process, without an instance:")
+    names = list(dict.fromkeys(name for parts in held_mb for name in parts))
+    lines = [[name, *(f"{parts.get(name, 0.0):.1f}" for parts in held_mb)] for name in names]
+    heads = ["at the start", *(f"swing {number + 1}" for number in range(swings))]
+    table(["process", *heads], [*lines, ["all", *(f"{total:.1f}" for total in totals)]])
+    report.figure("memory_mib_at_the_start", totals[0])
+    report.figure("memory_mib_after_the_first_swing", totals[1])
+    report.figure("memory_mib_after_the_last_swing", totals[-1])
+    report.at_most("memory after the last swing / at the start", totals[-1] / totals[0], 1.1)
+    report.at_most("memory after the last swing / after the first", totals[-1] / totals[1], 1.1)
 
 
 def main() -> int:
