@@ -158,7 +158,8 @@ def _with_options(scenario: Scenario, seconds: float | None, trace: Path | None,
         scenario = replace(scenario, seconds=seconds)
     if trace is not None:
         functions = tuple(replace(f, input="trace", output="trace") if f.per_output else f for f in scenario.functions)
-        rate = read_trace(trace).rate if own_rate else scenario.load.rate
+        found = read_trace(trace)  # whatever the rate: what is wrong with it is said now
+        rate = found.rate if own_rate else scenario.load.rate
         load = replace(scenario.load, arrivals="trace", trace=str(trace), rate=rate)
         scenario = replace(scenario, load=load, functions=functions)
     return scenario
