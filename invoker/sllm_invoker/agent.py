@@ -265,6 +265,7 @@ class Agent:
             self.tier.pinned(),
             self.runtime.pool.layers(),
             self.tier.granted_mb,
+            self.runtime.on_gpu(),
         )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats

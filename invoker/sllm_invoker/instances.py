@@ -219,6 +219,8 @@ class Instances:
             if opening is not None:
                 opening.close()  # the container has it
             timeline = await asyncio.shield(entry.container.ready)
+            if any(span.name == "attach" and span.detail.startswith("tier=gpu") for span in timeline.spans):
+                entry.loaded = Loaded(0, "gpu", 0, 0.0)
             entry.spans += self._shifted(entry, timeline)
             entry.spans.sort(key=lambda span: span.start)
             if entry.state == "starting":
@@ -266,8 +268,9 @@ class Instances:
         return str(directory)
 
     def _open(self, entry: Entry, object_dir: str) -> Opening | None:
-        """Begin to read the checkpoint, beside the container's start."""
-        if not object_dir:
+        """Begin to read the checkpoint, beside the container's start. One that is on a GPU is not read; should it be
+        gone when the container comes there, that has the object's file."""
+        if not object_dir or (entry.start.spec.gpus and Path(object_dir).name in self._place.runtime.on_gpu()):
             return None
         entry.digest = Path(object_dir).name
         return self._place.tier.open(entry.digest, Path(object_dir), priority=1)

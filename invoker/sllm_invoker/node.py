@@ -38,13 +38,15 @@ def stats(
     pinned: dict[str, int] | None = None,
     layers: tuple[str, ...] = (),
     dram_mb: int | None = None,
+    on_gpu: tuple[str, ...] = (),
 ) -> NodeStats:
     """`limit_mb`: the memory this node may hand out in all; `resident`: digests of what is in its DRAM tier, `pinned`:
-    MiB of what has to stay there, `dram_mb`: what it may hold; `layers`: keys of the warmth layers it has."""
+    MiB of what has to stay there, `dram_mb`: what it may hold; `layers`: keys of the warmth layers it has;
+    `on_gpu`: digests of what is on its free GPUs."""
     disk = os.statvfs(directory)
     free = min(limit_mb, memory_available_mb())
     free_disk = disk.f_bavail * disk.f_frsize // 2**20
-    return NodeStats(_step(free), _step(free_disk), instances, resident, layers, pinned or {}, dram_mb)
+    return NodeStats(_step(free), _step(free_disk), instances, resident, layers, pinned or {}, dram_mb, on_gpu)
 
 
 def address_towards(endpoint: str) -> str:

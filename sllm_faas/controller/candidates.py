@@ -1,9 +1,9 @@
 """What placement is shown for a target: the nodes worth considering, each with its estimate. Reads, decides nothing.
 
 A cluster of up to ALL nodes is shown whole. In a larger one the nodes come from indexes, a few of each kind, those
-that start soonest first: where the checkpoint is attached or resident, where the version's template exists, where
-the checkpoint is on disk, and anywhere; with room, and with room if idle instances go. So a decision costs the same
-at a hundred nodes and at ten thousand.
+that start soonest first: where the checkpoint is on a GPU, attached or resident, where the version's template exists,
+where the checkpoint is on disk, and anywhere; with room, and with room if idle instances go. So a decision costs the
+same at a hundred nodes and at ten thousand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 from sllm_faas.controller import estimate, move_times
 from sllm_faas.controller.index import UNLIMITED, NodeIndex, Row
 from sllm_faas.controller.ledger import Ledger
+from sllm_faas.controller.locality import NOWHERE
 from sllm_faas.controller.migration import can_move
 from sllm_faas.controller.model import Instance, Node, key_of
 from sllm_faas.controller.placement import Candidate, Idle, Movable, nothing
@@ -31,6 +32,8 @@ RESIDENCY = 5.0
 """Seconds an instance serves where it is before it may be moved again: no node's memory is swapped to and fro."""
 SERVES = 1.0
 """An instance serves so many times as long as its start took before it may be evicted for another."""
+MEMORY: tuple[Tier, ...] = ("dram", "gpu")
+"""Tiers from which a start reads nothing from a disk or a network."""
 FEW = 48
 """A set of at most so many nodes is gone through; a larger one is met by walking the index."""
 
@@ -54,6 +57,7 @@ class Need(msgspec.Struct, frozen=True):
     attached: Collection[str]
     holding: Collection[str]
     resident: Collection[str]
+    on_gpu: Collection[str]
     holders: Collection[str]
     layers: tuple[Layer, ...]
     layered: tuple[Collection[str], ...]
@@ -128,6 +132,7 @@ class Candidates:
             ledger.attached(digest),
             ledger.holding(digest),
             where.resident(digest),
+            where.on_gpu(digest) if spec.gpus else NOWHERE,
             where.holders(digest),
             layers,
             tuple([where.layered(layer.key) for layer in layers]),
@@ -173,12 +178,12 @@ class Candidates:
             return need.known.estimate(warmth, tier, making, load, 0.0, facts.pace)
         now = self.ledger.now
         queue = 0.0
-        if tier != "dram":  # that is no read: it waits for none
+        if tier not in MEMORY:  # that is no read: it waits for none
             # A node reads the shortest first: what is larger is overtaken.
-            reads = [_read(i) for i in others if i.load and i.tier != "dram" and i.size <= size]
+            reads = [_read(i) for i in others if i.load and i.tier not in MEMORY and i.size <= size]
             queue = max(0.0, max(reads) - now) if reads else 0.0
         here = [i for i in others if i.node == name]
-        if size and (same := [i for i in here if i.digest == need.digest and i.load]):
+        if size and tier != "gpu" and (same := [i for i in here if i.digest == need.digest and i.load]):
             # It shares that one's read, or what is left of it.
             queue = max(0.0, min(map(_read, same)) - now)
             tier, size = same[0].tier, 1
@@ -216,6 +221,8 @@ class Candidates:
     def _tier(self, node: str, need: Need) -> Tier:
         if not need.digest:
             return "disk"
+        if node in need.on_gpu:
+            return "gpu"
         if node in need.holding:
             return "dram"
         if node in need.resident and not self._displaced(node, need):
@@ -230,7 +237,7 @@ class Candidates:
     def _displaced(self, node: str, need: Need) -> bool:
         """Whether what others are reading there takes its place in DRAM, beside what is in use, before it is read."""
         loading = self.ledger.loading_on(node)
-        if not any(other.load and other.tier != "dram" for other in loading) or node in need.attached:
+        if not any(other.load and other.tier not in MEMORY for other in loading) or node in need.attached:
             return False
         return self.ledger.crowded_out(node, need.digest)
 
@@ -339,6 +346,7 @@ class Candidates:
     def _shortlist(self, need: Need, each: int = EACH) -> list[str]:
         found: dict[str, None] = {}
         if need.digest:
+            self._some(found, need.on_gpu, need.gpus, need.whole_mb, each)
             self._some(found, need.attached, need.gpus, need.alone_mb, each)
             self._some(found, need.resident, need.gpus, need.whole_mb, each)
         if len(need.layers) > 1:
@@ -360,7 +368,7 @@ class Candidates:
     def _roomy(self, but: str, need: Need) -> list[str]:
         """Another node where the checkpoint is nearest, or else one of all, with room now."""
         free = self._free
-        for names in (need.resident, need.holders):
+        for names in (need.on_gpu, need.resident, need.holders):
             if not names:
                 continue
             if len(names) <= FEW:

@@ -150,7 +150,8 @@ class Instances:
                     instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
                 ),
             )
-            if instance.digest and node.name not in self.ledger.where.resident(instance.digest):
+            unknown = node.name not in self.ledger.where.resident(instance.digest) and instance.tier != "gpu"
+            if instance.digest and unknown:
                 full = self.ledger.crowded_out(node.name, instance.digest)
                 estimate.learn_cached(self.state.book, node.name, instance.digest, full, instance.tier)
             self.ledger.where.renew(node.name)

@@ -1,4 +1,4 @@
-"""Which nodes have what: checkpoints on disk and in DRAM, warmth layers, a machine. Pure bookkeeping.
+"""Which nodes have what: checkpoints on disk, in DRAM and on GPUs, warmth layers, a machine. Pure bookkeeping.
 
 The nodes' records say the same the other way round; whoever changes one does it here, so both stay in step, and the
 nodes whose records changed are remembered (`take_stale`) for those who keep an index of nodes.
@@ -19,6 +19,7 @@ class Locality:
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self._holders: dict[str, set[str]] = {}
         self._resident: dict[str, set[str]] = {}
+        self._on_gpu: dict[str, set[str]] = {}
         self._layers: dict[str, set[str]] = {}
         self._hosts: dict[str, set[str]] = {}
         self._stale: set[str] = set()
@@ -33,6 +34,10 @@ class Locality:
     def resident(self, digest: str) -> Collection[str]:
         """Nodes with the checkpoint whole in DRAM."""
         return self._resident.get(digest, NOWHERE)
+
+    def on_gpu(self, digest: str) -> Collection[str]:
+        """Nodes with the checkpoint whole on a GPU that nobody holds."""
+        return self._on_gpu.get(digest, NOWHERE)
 
     def layered(self, key: str) -> Collection[str]:
         """Nodes where that warmth layer exists."""
@@ -88,15 +93,16 @@ class Locality:
         return found
 
     def _parts(self, node: Node) -> tuple[tuple[dict[str, set[str]], Iterable[str]], ...]:
-        resident = node.stats.resident if node.stats is not None else ()
+        resident, on_gpu = (node.stats.resident, node.stats.on_gpu) if node.stats is not None else ((), ())
         return (
             (self._holders, node.checkpoints),
             (self._resident, resident),
+            (self._on_gpu, on_gpu),
             (self._layers, node.layers),
             (self._hosts, (node.info.host,) if node.info.host else ()),
         )
 
     def validate(self, nodes: Mapping[str, Node]) -> None:
         fresh = Locality(nodes)
-        for name in ("_holders", "_resident", "_layers", "_hosts"):
+        for name in ("_holders", "_resident", "_on_gpu", "_layers", "_hosts"):
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the nodes say"

@@ -393,6 +393,8 @@ class NodeStats:
     """digest -> MiB in its DRAM tier that stay there whatever else needs memory."""
     dram_mb: int | None = None
     """What its DRAM tier may hold; None: it does not tell."""
+    on_gpu: tuple[str, ...] = ()
+    """Digests of the checkpoints that are whole on a GPU that no instance holds."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

@@ -701,11 +701,33 @@ def test_a_read_waits_for_those_that_are_no_larger():
     assert queued == {"large": 0.0, "like": 4.0, "small": 0.0}
 
 
+@pytest.mark.parametrize("crowd", [(), tuple(f"other{number}" for number in range(12))], ids=["all shown", "indexed"])
+def test_a_start_goes_to_the_node_whose_gpu_has_the_checkpoint_and_waits_for_no_read(crowd: tuple[str, ...]):
+    machine = Machine("abc")
+    specs = [llm("a", memory_mb=100), llm("b", memory_mb=100, gpus=1)]
+    digests = {spec.name: digest(spec.name.encode()) for spec in specs}
+    version = ev.StoredVersion("app", 1, app(*specs), True, 0.0, active=True, digests=digests)
+    machine.handle(ev.Restored((version,), sizes=dict.fromkeys(digests.values(), 10**9)), 0.0)
+    machine.handle(ev.GatewayUp("g", "1"), 0.0)
+    for name in ("dram", "gpu", *crowd):
+        there, gpus = tuple(digests.values()), 0 if name in crowd else 1
+        info = NodeInfo(name, f"ipc:///{name}", memory_mb=50_000, gpus=gpus, checkpoints=there, host="one")
+        machine.handle(ev.NodeUp(info, "1"), 0.0)
+    machine.handle(ev.NodeStatsSeen("dram", NodeStats(50_000, 50_000, 0, (digests["b"],))), 0.0)
+    machine.handle(ev.NodeStatsSeen("gpu", NodeStats(50_000, 50_000, 0, on_gpu=tuple(digests.values()))), 0.0)
+    machine.validate()
+    for name in "ab":
+        machine.handle(ev.DemandSeen("g", (TargetDemand(Target("app", name, 1), 1, 0),)), 0.0)
+    found = {i.target.function: i for i in machine.state.instances.values()}
+    assert (found["b"].node, found["b"].tier, found["b"].queued) == ("gpu", "gpu", 0.0)
+    assert found["a"].tier == "disk", "it computes on a CPU"
+
+
 def test_a_node_that_names_a_checkpoint_twice_can_say_something_else_and_leave():
     machine, twice = Machine("abc"), (DIGEST, DIGEST)
     info = NodeInfo("n", "ipc:///n", memory_mb=50_000, checkpoints=twice)
     machine.handle(ev.NodeUp(info, "1"), 0.0)
-    for stats in (NodeStats(1, 1, 0, twice, twice), NodeStats(1, 1, 0)):
+    for stats in (NodeStats(1, 1, 0, twice, twice, on_gpu=twice), NodeStats(1, 1, 0)):
         machine.handle(ev.NodeStatsSeen("n", stats), 0.0)
         machine.validate()
     machine.handle(ev.NodeLeft("n"), 0.0)

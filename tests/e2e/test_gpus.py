@@ -43,11 +43,11 @@ def gpus() -> Iterator[Platform]:
             yield here
 
 
-def attach_detail(platform: Platform) -> str:
-    """What the one instance of the model says of its weights."""
-    found = [each for each in platform.get("/v1/instances")["instances"] if each["function"] == "model"]
-    (instance,) = found
-    return str([span for span in instance["timeline"]["spans"] if span["name"] == "attach"])
+def weights(platform: Platform) -> tuple[bool, bool]:
+    """Of the model's one instance: whether all its weights were on the device, and whether the store was asked."""
+    (instance,) = [each for each in platform.get("/v1/instances")["instances"] if each["function"] == "model"]
+    details = {span["name"]: span["detail"] for span in instance["timeline"]["spans"]}
+    return details["attach"].startswith("tier=gpu"), "checkpoint" in details
 
 
 def count(platform: Platform) -> str:
@@ -61,11 +61,11 @@ def test_a_model_answers_from_a_device_and_again_when_its_worker_was_killed(gpus
     assert [node["gpus"] for node in gpus.json("node", "list")] == [2]
     assert count(gpus) == " 4 5 6"
     (before,) = gpus.get("/v1/instances")["instances"]
-    assert "tier=gpu" not in attach_detail(gpus)
+    assert weights(gpus) == (False, True)
     os.kill(before["pid"], signal.SIGKILL)
     eventually(lambda: before["instance"] not in str(gpus.get("/v1/instances")), why="the instance's end is not told")
     assert count(gpus) == " 4 5 6"
-    assert "tier=gpu" in attach_detail(gpus), "what the killed instance left there was not used"
+    assert weights(gpus) == (True, False), "what the killed instance left there was not used"
 
 
 def test_instances_see_a_device_each_and_those_that_asked_for_none_see_none(gpus: Platform) -> None:

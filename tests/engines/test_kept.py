@@ -77,7 +77,7 @@ async def test_the_next_instance_copies_nothing_and_waits_for_no_bytes(memory, s
     first, device = await instance(memory, source)
     assert (first.tier, device.copied > 0) == ("disk", True)
     memory.end("GPU-0")
-    assert memory.resident() == ("a",)
+    assert memory.resident(["GPU-0"]) == ("a",)
     second, device = await instance(memory, Untouchable(part))
     assert (second.tier, second.arrived, device.copied, device.held) == ("gpu", True, 0, [])
     assert content(second) == content(first)
@@ -102,7 +102,7 @@ async def test_only_what_is_missing_is_copied_and_it_is_the_last_layers(memory, 
     assert sum(size for call, size in ((c[0], c[-1]) for c in other.calls) if call == "copy") == sum(
         end - start for start, end in ranges[-2:]
     )
-    assert memory.resident() == ("a",)
+    assert memory.resident(["GPU-0"]) == ("a",)
 
 
 async def test_weights_that_turn_out_bad_leave_nothing_behind(memory, part, source):

@@ -358,11 +358,13 @@ async def test_what_a_killed_instance_had_whole_is_the_next_ones(containers: Con
     await one.ends()
     two, found = await keeps(containers, "two", 3)
     assert found == [f"{pid}:0", f"{pid}:1", ""]
-    assert containers.runtime.gpus.memory.resident() == ("a",)
+    assert containers.runtime.on_gpu() == (), "nobody else can start there"
     await two.handle.stop(0)
-    _, found = await keeps(containers, "three", 3, checkpoint="b")
+    assert containers.runtime.on_gpu() == ("a",)
+    three, found = await keeps(containers, "three", 3, checkpoint="b")
     assert found == ["", "", ""], "another checkpoint's memory was handed out"
-    assert containers.runtime.gpus.memory.resident() == ("a", "b")
+    await three.handle.stop(0)
+    assert containers.runtime.on_gpu() == ("a", "b")
 
 
 async def test_code_that_takes_a_device_finds_it_empty(containers: Containers) -> None:
@@ -370,8 +372,8 @@ async def test_code_that_takes_a_device_finds_it_empty(containers: Containers) -
     await one.handle.stop(0)
     two = await containers.start("two", spec=CODE)
     await two.says("up two")
-    assert containers.runtime.gpus.memory.resident() == ()
     await two.handle.stop(0)
+    assert containers.runtime.on_gpu() == ()
 
 
 async def test_memory_that_does_not_come_back_takes_what_is_kept_with_it(
@@ -381,7 +383,7 @@ async def test_memory_that_does_not_come_back_takes_what_is_kept_with_it(
     memory, free = containers.runtime.gpus.memory, driver.free
     driver.free = lambda uuid: free(uuid) - GB * bool(memory.used(uuid))  # type: ignore[method-assign]
     await one.handle.stop(0)
-    assert memory.resident() == ()
+    assert memory.resident(["GPU-0"]) == ()
     assert containers.runtime.gpus.pool.state("GPU-0") == "free"
 
 

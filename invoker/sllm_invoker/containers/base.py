@@ -122,6 +122,9 @@ class Runtime(Protocol):
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> Handle:
         """Raises ForkFailed, and what preparing a layer raised (ImportFailed, CheckpointError …)."""
 
+    def on_gpu(self) -> tuple[str, ...]:
+        """Digests of checkpoints that are whole on a GPU that no instance holds: a start of one finds it there."""
+
     async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
         """Make the layers that instances of `spec` start from, ahead of the first. Raises as `start` does."""
 

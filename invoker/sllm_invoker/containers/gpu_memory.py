@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sllm_faas import logging
 from sllm_faas.errors import IllegalTransition, WireError
@@ -52,9 +52,9 @@ class GpuMemory:
         """Bytes of it there."""
         return self._devices[uuid].held(checkpoint)
 
-    def resident(self) -> tuple[str, ...]:
-        """Checkpoints that are whole on some device."""
-        return tuple(sorted({name for device in self._devices.values() for name in device.whole_checkpoints()}))
+    def resident(self, uuids: Iterable[str]) -> tuple[str, ...]:
+        """Checkpoints that are whole on one of those devices."""
+        return tuple(sorted({name for uuid in uuids for name in self._devices[uuid].whole_checkpoints()}))
 
     def lease(self, uuid: str, checkpoint: str) -> int:
         """The channel's end for the instance that holds the device: a descriptor, the caller's to close; -1 where none

@@ -68,6 +68,11 @@ class GpuWorkers:
         free = [uuid for uuid, state in self.pool.states().items() if state == "free"]
         return any(_is_up(task) for uuid in free for task in self._waiting.get(uuid, ()))
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Checkpoints that are whole on a free GPU."""
+        return self.memory.resident([uuid for uuid, state in self.pool.states().items() if state == "free"])
+
     async def take(self, checkpoint: str = "") -> Taken:
         """For an instance of `checkpoint`, whose groups stay where they are; for one of "" everything that was left on
         the device goes. Raises NoCapacity, and what kept a worker from coming up."""

@@ -302,6 +302,9 @@ class ProcessRuntime:
         """Make the base zygote now, so that the first instance does not wait for it."""
         await self._zygote(_path(None, ""), None)
 
+    def on_gpu(self) -> tuple[str, ...]:
+        return self.gpus.resident
+
     async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
         if spec.gpus:
             return  # a worker waits already
