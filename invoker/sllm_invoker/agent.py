@@ -279,6 +279,8 @@ class Agent:
             case Type.STOP:
                 if not self.instances.stop(frame.body):
                     self._log.info("stop_of_unknown_instance", instance=frame.body.instance)
+            case Type.HASTEN:
+                self.instances.hasten(frame.body.instance)
             case Type.KEYS:
                 self._known = frame.body
             case Type.MIGRATE:

@@ -26,6 +26,7 @@ from sllm_faas.wire.header import Header, Type
 from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Start, Stop
 from sllm_invoker import secrets
 from sllm_invoker.checkpoints.channel import Loaded
+from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.container import Container, NotReady, Place
 from sllm_invoker.containers.base import ContainerSpec
 from sllm_invoker.memory_tier import Opening
@@ -59,6 +60,10 @@ class Entry:
     error: ErrorInfo | None = None
     digest: str = ""
     """Of the checkpoint object it uses, once that is known."""
+    ahead: bool = False
+    """Nobody waits for its start."""
+    opening: Opening | None = None
+    """Its wish for the checkpoint, once that is said."""
     loaded: Loaded | None = None
     """How that came into memory, once it has."""
     told: int = 0
@@ -132,7 +137,7 @@ class Instances:
             return
         self._numbers += 1
         container = Container(self._place, start.instance, start.target)
-        entry = Entry(start, self._numbers, container, time.time())
+        entry = Entry(start, self._numbers, container, time.time(), ahead=start.ahead)
         self._entries[start.instance] = entry
         self._share_memory()
         spec = start.spec
@@ -144,6 +149,14 @@ class Instances:
         )  # fmt: skip
         self._report(self._describe(entry))
         entry.work = self._loop.create_task(self._run(entry))
+
+    def hasten(self, instance: str) -> None:
+        """Somebody waits by now for a start that was ahead of need."""
+        entry = self._entries.get(instance)
+        if entry is not None and entry.ahead:
+            entry.ahead = False
+            if entry.opening is not None:
+                self._place.tier.hasten(entry.opening, Priority.WAITED)
 
     async def _run(self, entry: Entry) -> None:
         limit = entry.start.spec.timeouts.startup or STARTUP
@@ -273,7 +286,9 @@ class Instances:
         if not object_dir or (entry.start.spec.gpus and Path(object_dir).name in self._place.runtime.on_gpu()):
             return None
         entry.digest = Path(object_dir).name
-        return self._place.tier.open(entry.digest, Path(object_dir), priority=1)
+        priority = Priority.AHEAD if entry.ahead else Priority.WAITED
+        entry.opening = self._place.tier.open(entry.digest, Path(object_dir), priority=priority)
+        return entry.opening
 
     async def _loaded(self, entry: Entry, opening: Opening | None) -> SllmError | None:
         """The span of the read. Returns what went wrong: a container can do without a store (Unavailable)."""

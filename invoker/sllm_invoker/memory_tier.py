@@ -28,6 +28,7 @@ from sllm_faas.errors import Unavailable, WireError, from_info
 from sllm_faas.spec import Tier
 from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import AnyMessage, Loaded, Seen
+from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.containers.tree import Tree
 
 MIB = 1024 * 1024
@@ -51,7 +52,8 @@ class _Kept:
 class Opening:
     """One wish for a checkpoint. `channel` is -1 for a prefetch."""
 
-    def __init__(self, end: socket.socket | None, loaded: asyncio.Future[Loaded]) -> None:
+    def __init__(self, request: int, end: socket.socket | None, loaded: asyncio.Future[Loaded]) -> None:
+        self.request = request
         self._end = end
         self.loaded = loaded
         self.tier: Tier | None = None
@@ -159,7 +161,13 @@ class MemoryTier:
             self._send(channel.Limit(granted * MIB))
 
     def open(
-        self, digest: str, directory: Path, *, priority: int = 0, prefetch: bool = False, promote: bool = False
+        self,
+        digest: str,
+        directory: Path,
+        *,
+        priority: Priority = Priority.WAITED,
+        prefetch: bool = False,
+        promote: bool = False,
     ) -> Opening:
         """Have it read, unless it is in memory. More urgent reads come first. `prefetch`: nobody attaches it yet."""
         self._count += 1
@@ -169,7 +177,7 @@ class MemoryTier:
         if not prefetch:
             end, theirs = channel.reader_pair()
             fds = [theirs.detach()]
-        opening = Opening(end, future)
+        opening = Opening(self._count, end, future)
         if self._control is None:
             channel.close_all(fds)  # whoever has the other end maps the file
             future.set_exception(Unavailable("the checkpoint store is restarting."))
@@ -178,6 +186,11 @@ class MemoryTier:
             self._send(channel.Open(self._count, digest, str(directory), priority, promote), fds)
         future.add_done_callback(_seen)
         return opening
+
+    def hasten(self, opening: Opening, priority: Priority) -> None:
+        """Who wants it is more urgent by now. Nothing happens when it is read already."""
+        if opening.request in self._requests:
+            self._send(channel.Hasten(opening.request, priority))
 
     def feed(self) -> socket.socket | None:
         """A channel through which an ingest forwards what it writes; None while there is no store process."""

@@ -5,13 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.wire.messages import Check, FunctionRoute, Migrate, MoveResult, NodeInfo, Start, Stop, TargetFailed
+from sllm_faas.wire.messages import (
+    Check,
+    FunctionRoute,
+    Hasten,
+    Migrate,
+    MoveResult,
+    NodeInfo,
+    Start,
+    Stop,
+    TargetFailed,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SendStart:
     node: str
     body: Start
+
+
+@dataclass(frozen=True, slots=True)
+class SendHasten:
+    node: str
+    body: Hasten
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,7 @@ class MoveEnded:
 
 Command = (
     SendStart
+    | SendHasten
     | SendStop
     | SendCheck
     | PublishFunctions

@@ -112,6 +112,8 @@ class Instance:
     """In the contexts of what runs there, as last told."""
     replaces: str = ""
     """The busy instance it takes over from, which counts as live until then, and this one does not."""
+    ahead: bool = False
+    """Of need: nobody waits for its start, as far as its node was told."""
     stopping: str = ""
     """Why it drains."""
     drain: float | None = None

@@ -21,7 +21,7 @@ import msgspec
 
 from sllm_faas.controller import autoscale, placement, tables
 from sllm_faas.controller.candidates import Candidates
-from sllm_faas.controller.commands import FailTarget, SendStart, SendStop
+from sllm_faas.controller.commands import FailTarget, SendHasten, SendStart, SendStop
 from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.migration import Migrations, can_move
@@ -29,7 +29,7 @@ from sllm_faas.controller.model import Instance, TargetState, key_of
 from sllm_faas.controller.service_times import SlotWait, slot_wait
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
-from sllm_faas.wire.messages import Start, Stop, TargetFailed
+from sllm_faas.wire.messages import Hasten, Start, Stop, TargetFailed
 
 Mode = Literal["serving", "warming", "superseded", "gone"]
 
@@ -111,6 +111,8 @@ class Scaler:
         few = autoscale.PANIC * (live[0].concurrency if live else 1)
         kept = self._pressure(record, waiting + running, few, ready, want, window if mode == "serving" else 0.0)
         blocked = ""
+        if waiting and len(ready) < len(live):
+            self._hasten(waiting, live)
         if spec is not None and want > len(live):
             blocked = self._grow(record, spec, want - len(live), live, waiting + running)
             if not blocked:
@@ -276,6 +278,9 @@ class Scaler:
         """Start an instance there. `replaces`: it counts for nothing until that one drains."""
         self.state.created += 1
         digest = spec.checkpoint.digest if spec.checkpoint else ""
+        key = key_of(target)
+        waiting, _ = self.ledger.load(key)
+        ahead = not replaces and waiting <= self._coming(self.ledger.live(key))
         instance = Instance(
             id=f"ins-{self.state.life}-{self.state.created}",
             seq=self.state.created,
@@ -296,15 +301,31 @@ class Scaler:
             tier=guess.tier,
             why=why,
             concurrency=spec.concurrency,
+            ahead=ahead,
         )
         self.ledger.add_instance(instance)
         self._begun.append(instance)
         version = self.ledger.version(target.app, target.version)
         assert version is not None
         bundle = version.spec.bundle if spec.kind != "llm" else ""
-        self.ledger.emit(
-            SendStart(node, Start(instance.id, target, spec, bundle, why=why, predicted=round(guess.total, 4)))
-        )
+        predicted = round(guess.total, 4)
+        start = Start(instance.id, target, spec, bundle, why=why, predicted=predicted, ahead=ahead)
+        self.ledger.emit(SendStart(node, start))
+
+    def _coming(self, live: Sequence[Instance]) -> int:
+        """Slots of the starts that somebody waits for."""
+        return sum([i.concurrency for i in live if i.state != "ready" and not i.ahead])
+
+    def _hasten(self, waiting: int, live: Sequence[Instance]) -> None:
+        """As many of the starts ahead of need as somebody waits for by now are so no more, the oldest first."""
+        coming = self._coming(live)
+        for instance in live:
+            if coming >= waiting:
+                break
+            if instance.ahead and instance.state != "ready":
+                instance.ahead = False
+                coming += instance.concurrency
+                self.ledger.emit(SendHasten(instance.node, Hasten(instance.id)))
 
     def restate(self) -> None:
         """Starts commanded for one event slow each other down, the first ones too, which knew nothing of the rest."""

@@ -239,6 +239,8 @@ class Controller:
                     why=body.why,
                     predicted=body.predicted,
                 )
+            case cmd.SendHasten(node, body):
+                self._to_node(node, Type.HASTEN, body)
             case cmd.SendStop(node, body):
                 self._to_node(node, Type.STOP, body)
                 self.log.info("stop", instance=body.instance, node=node, why=body.reason)

@@ -305,6 +305,15 @@ class Start:
     why: str = ""
     predicted: float = 0.0
     """The start-up time in seconds the controller expects."""
+    ahead: bool = False
+    """Of need: nobody waits for it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hasten:
+    """Somebody waits by now for an instance whose start was `ahead`."""
+
+    instance: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +549,7 @@ BODIES: dict[Type, type] = {
     Type.KEYS: Keys,
     Type.START: Start,
     Type.STOP: Stop,
+    Type.HASTEN: Hasten,
     Type.CHECK: Check,
     Type.CHECKED: Checked,
     Type.INGEST: Ingest,

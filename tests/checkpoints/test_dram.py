@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sllm_invoker.checkpoints.dram import DramTier, Load
 from sllm_invoker.checkpoints.object import CHUNK_BYTES, CheckpointObject
+from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.checkpoints.reader import DirectFile
 from sllm_invoker.checkpoints.slab_book import Residence
 
@@ -57,7 +58,7 @@ class Tier:
 
         return Gated(path)
 
-    def open(self, checkpoint: CheckpointObject, holder: str, priority: int = 0) -> Load | Residence:
+    def open(self, checkpoint: CheckpointObject, holder: str, priority: int = Priority.WAITED) -> Load | Residence:
         return self.tier.open(checkpoint.digest, checkpoint.directory, holder, priority)
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -283,13 +284,28 @@ def test_what_was_promoted_and_never_asked_for_leaves_first(make, objects):
     assert tier.tier.book.find(b.digest) is None
 
 
-def test_a_promotion_is_read_after_everything_that_somebody_waits_for(make, objects):
-    tier, (a, b, _) = make(4, gated=True), objects
+def test_what_somebody_waits_for_is_read_before_what_is_ahead_of_need_and_promotions_last(make, objects):
+    tier, (a, b, c) = make(6, gated=True), objects
     promoted = promote(tier, a)
-    waited = tier.open(b, "1")
-    assert promoted.reading.priority < waited.reading.priority
-    tier.open(a, "2")
-    assert promoted.reading.priority == 0, "somebody waits for it now"
+    ahead = tier.open(b, "1", Priority.AHEAD)
+    waited = tier.open(c, "2", Priority.WAITED)
+    assert promoted.reading.priority < ahead.reading.priority < waited.reading.priority
+    tier.open(a, "3", Priority.AHEAD)
+    assert promoted.reading.priority == ahead.reading.priority, "an instance starts with it now"
+    tier.open(a, "4", Priority.WAITED)
+    assert promoted.reading.priority == waited.reading.priority, "somebody waits for it now"
+    tier.open(a, "5", Priority.AHEAD)
+    assert promoted.reading.priority == waited.reading.priority, "still"
+
+
+def test_a_read_is_hastened_by_the_request_it_was_begun_for(make, objects):
+    tier, (a, b, _) = make(4, gated=True), objects
+    reads = [tier.open(each, "1", Priority.AHEAD) for each in (a, b)]
+    for number, load in enumerate(reads):
+        load.requests.append(number)
+    tier.tier.hasten(1, Priority.WAITED)
+    tier.tier.hasten(2, Priority.WAITED)
+    assert [load.reading.priority for load in reads] == [Priority.AHEAD, Priority.WAITED]
 
 
 def test_a_load_that_finds_no_room_beside_a_promotion_cancels_it(make, objects):

@@ -283,6 +283,21 @@ def test_a_short_read_overtakes_what_has_more_left_and_equals_come_in_their_orde
     assert "".join(noted.order) == "pspplll"
 
 
+def test_a_read_under_way_that_becomes_more_urgent_goes_first_from_the_next_piece_on(make, path, data):
+    files = [Gated(path), Gated(path)]
+    left = iter(files)
+    reader = make(open_file=lambda _: next(left))
+    first, second = (reader.read(path, part_of(data), memory()) for _ in range(2))
+    assert files[0].entered.acquire(timeout=30)
+    second.hasten(1)
+    files[0].gate.release()
+    files[1].gate.release(3)
+    assert second.done.result(30).bytes == SIZE
+    assert not first.done.done(), "two pieces of it are left"
+    files[0].gate.release(3)
+    assert first.done.result(30).bytes == SIZE
+
+
 def test_memory_that_is_too_small_is_refused_before_anything_is_read(make, path, data):
     with pytest.raises(ValueError, match="piece 2 is too small"):
         make().read(path, part_of(data), memory(2))

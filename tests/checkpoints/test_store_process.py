@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sllm_invoker.checkpoints import channel
 from sllm_invoker.checkpoints.channel import Resident
+from sllm_invoker.checkpoints.dram import DramTier
 from sllm_invoker.checkpoints.object import CheckpointObject
+from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.checkpoints.store_process import Store
 from sllm_invoker.containers.tree import Tree
 from sllm_invoker.logs import LogBook
 from sllm_invoker.memory_tier import MemoryTier, Opening
@@ -320,6 +326,18 @@ async def test_memory_that_is_not_granted_is_given_back_and_not_taken_again_by_a
             await asyncio.sleep(0)
     reader = await node.attach(a)
     assert (await reader.hear()).endswith("file")
+
+
+async def test_the_store_is_told_that_somebody_waits_for_what_it_reads(node, a, monkeypatch, tmp_path):
+    told: queue.Queue[tuple[int, int]] = queue.Queue()
+    monkeypatch.setattr(DramTier, "hasten", lambda _, request, priority: told.put((request, priority)))
+    ours, theirs = channel.pair()
+    serving = threading.Thread(target=Store(theirs, tmp_path, 0).run)
+    serving.start()
+    channel.send(ours, channel.Hasten(7, Priority.WAITED))
+    assert await asyncio.to_thread(told.get, timeout=30) == (7, 1)
+    ours.close()
+    await asyncio.to_thread(serving.join, 30)
 
 
 async def test_a_promotion_is_told_whether_it_came_into_memory(node, a, b):

@@ -2,6 +2,7 @@
 descriptors beside it (SCM_RIGHTS).
 
     invoker ── Open + [channel end] ──► store          the other end of the channel is inherited by the container
+            ── Hasten ──►                               what was opened is more urgent by now
             ── Adopt + [slabs], Expect, Limit, Forget, Look ──►
             ── Feed + [channel end] ──►                 the other end is inherited by an ingest
             ◄── Opened, Loaded | NotLoaded, Held + [slabs], Whole, Dropped, Seen
@@ -50,6 +51,13 @@ class Open(Message, frozen=True):
     directory: str
     priority: int = 0
     promote: bool = False
+
+
+class Hasten(Message, frozen=True):
+    """Whoever wanted `request` is more urgent by now."""
+
+    request: int
+    priority: int
 
 
 class Opened(Message, frozen=True):
@@ -202,7 +210,7 @@ class Watermark(Message, frozen=True):
 
 
 AnyMessage = (
-    Open | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Limit | Forget | Look | Seen
+    Open | Hasten | Opened | Loaded | NotLoaded | Held | Whole | Dropped | Adopt | Expect | Limit | Forget | Look | Seen
     | Attach | Layout | Slabs | Watermark | Feed | Lend | Lent | Written
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from sllm_faas.errors import Cancelled, CheckpointError, SllmError, StorageFull
 from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose, may_promote
 from sllm_invoker.checkpoints.object import Part, read_manifest
 from sllm_invoker.checkpoints.page_cache import resident
+from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.checkpoints.reader import Opener, Reader, Reading, ReadReport, open_direct
 from sllm_invoker.checkpoints.slab_book import Residence, SlabBook
 from sllm_invoker.checkpoints.slabs import SLAB_BYTES, Slab, SlabPool, fault
@@ -30,8 +31,6 @@ from sllm_invoker.checkpoints.slabs import SLAB_BYTES, Slab, SlabPool, fault
 FIRST_GUESS = 1e9
 """Bytes per second that the disk is taken to read until it was measured."""
 LEARNING = 0.3
-LEAST_URGENT = -1
-"""The priority of a promotion: below everybody's who waits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +101,7 @@ class DramTier:
 
     # -- open and let go -------------------------------------------------------------------------------------
 
-    def open(self, digest: str, directory: Path, holder: str, priority: int = 0) -> Load | Residence:
+    def open(self, digest: str, directory: Path, holder: str, priority: int = Priority.WAITED) -> Load | Residence:
         """Where `digest` is: whole already (a Residence in slabs), or a Load, under way or needless. The holder has a
         lease from now on. Raises CheckpointUnavailable, CheckpointCorrupt, BadSpec."""
         part = self._part(digest, directory)
@@ -124,13 +123,19 @@ class DramTier:
         self.expect(part.bytes)  # another one, after this has what there is
         return load
 
+    def hasten(self, request: int, priority: int) -> None:
+        """Whoever wanted `request` of a load is more urgent by now."""
+        for load in self.loads.values():
+            if request in load.requests and load.reading is not None:
+                load.reading.hasten(priority)
+
     def promote(self, digest: str, directory: Path, holder: str) -> Load | None:
         """Have it read before anybody asks; None: it is here or under way, belongs into the page cache, or there is no
         room for it. Raises as `open` does."""
         part = self._part(digest, directory)
         if self._is_here(digest) or not self._has_place(part.bytes):
             return None
-        load = self._begin(digest, directory, part, LEAST_URGENT)
+        load = self._begin(digest, directory, part, Priority.PROMOTION)
         load.promotion = True
         load.holders.add(holder)
         self._replenish()

@@ -226,6 +226,8 @@ class Store:
         match message:
             case channel.Open():
                 self._open(message, fds)
+            case channel.Hasten():
+                self.tier.hasten(message.request, message.priority)
             case channel.Adopt():
                 self._adopting, self._adopted = message, fds
                 self._adopt()
