@@ -192,6 +192,18 @@ async def test_nonsense_ends_the_channel_and_keeps_nothing(memory, message, fds)
     assert memory.used("GPU-0") == 0
 
 
+async def test_an_instance_that_does_not_take_its_answer_goes_without(memory, monkeypatch):
+    def full(*_):
+        raise BlockingIOError
+
+    send = kept.send
+    with socket.socket(fileno=memory.lease("GPU-0", "a")) as sock:
+        monkeypatch.setattr(kept, "send", full)
+        send(sock, Want(((0, 10),), 0))
+        memory._readable("GPU-0")
+        assert sock.recv(100) == b""
+
+
 async def test_many_groups_travel_in_several_messages_and_no_descriptor_is_left(memory):
     before = len(os.listdir("/proc/self/fd"))
     ranges = [(number * 10, number * 10 + 10) for number in range(2 * kept.MAX_FDS + 3)]

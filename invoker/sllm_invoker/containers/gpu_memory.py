@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 
 from sllm_faas import logging
-from sllm_faas.errors import IllegalTransition, WireError
+from sllm_faas.errors import SllmError, WireError
 from sllm_invoker.containers.residency import Group, Residency, grains
 from sllm_invoker.runner import kept
 
@@ -89,12 +89,11 @@ class GpuMemory:
     def _readable(self, uuid: str) -> None:
         checkpoint, sock = self._channels[uuid]
         try:
-            while (received := kept.receive(sock)) is not None:
+            while received := _next(sock):
                 self._hear(uuid, checkpoint, sock, *received)
-            self._hang_up(uuid)
-        except BlockingIOError:
-            return
-        except (OSError, WireError, IllegalTransition) as error:
+            if received is None:
+                self._hang_up(uuid)
+        except (OSError, SllmError) as error:
             self._log.warning("gpu_memory_channel_failed", gpu=uuid, checkpoint=checkpoint, error=str(error))
             self._hang_up(uuid)
 
@@ -141,3 +140,11 @@ class GpuMemory:
         if found is not None:
             self._loop.remove_reader(found[1])
             found[1].close()
+
+
+def _next(sock: socket.socket) -> tuple[kept.AnyMessage, list[int]] | tuple[()] | None:
+    """What was said; nothing where nothing has been yet; None at the end. Raises OSError, WireError."""
+    try:
+        return kept.receive(sock)
+    except BlockingIOError:
+        return ()

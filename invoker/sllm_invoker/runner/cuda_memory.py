@@ -10,6 +10,9 @@ were made, nor be made of expandable segments. The memory made here is freed, by
 outstanding mappings to the memory are unmapped and when all outstanding references to the handle (including its
 shareable counterparts) are also released": whoever dies, and in which order, takes nothing from the others.
 
+Every process maps it for writing: a model that wrote to its weights would leave that to the next instance. None does
+(the tests compare every byte after computing), and no user's code runs there.
+
 What is copied into it is seen by other processes once an event after the copy was waited for on the host; there are no
 events between processes. Sizes are rounded up to the driver's granularity (2 MiB), and the rest is never read.
 
