@@ -39,6 +39,7 @@ from sllm_faas.wire.messages import (
 )
 from sllm_invoker import node
 from sllm_invoker.bundles import Bundles
+from sllm_invoker.calibration import Calibration
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checks import Checks
 from sllm_invoker.container import Place
@@ -64,6 +65,7 @@ QUIESCE = 1.0
 """Seconds for the gateways to know that nothing is here any more."""
 LEAVE = 0.1
 """Seconds for the last frames to get out."""
+_WORK = frozenset({Type.START, Type.CHECK, Type.INGEST})
 
 
 class Agent:
@@ -111,6 +113,7 @@ class Agent:
         self.tier = MemoryTier(
             config.checkpoints_dir, config.node_dram_mb, self._tree, users=lambda digest: self.instances.users(digest)
         )
+        self.calibration = Calibration(self.directory, config.checkpoints_dir, self._idle)
         self.bundles = Bundles(self.directory / "src", self._ask_bundle)
         place = Place(
             name, self.directory, config.secrets_dir, self.runtime, self.bundles, self.ingests, self.tier,
@@ -166,6 +169,7 @@ class Agent:
         """Refuse new work, give what runs `grace` seconds, then end everything."""
         if self._timer is not None:
             self._timer.cancel()
+        await self.calibration.close()
         self.checks.close()
         self.ingests.close()
         await self.instances.close(grace)
@@ -222,6 +226,7 @@ class Agent:
             self.config.node_memory_mb,
             node.cores(),
             len(self.runtime.gpus),
+            bandwidth=self.calibration.bandwidth,
             checkpoints=self._digests,
             host=node.host(),
             neighbour_endpoint=self.relay.neighbour_endpoint,
@@ -254,7 +259,12 @@ class Agent:
         self._timer = self._loop.call_later(TICK, self._tick)
         self.runtime.tidy()
         self.instances.refresh()
+        self.calibration.tick()
         self._tell_stats()
+
+    def _idle(self) -> bool:
+        busy = self.relay.core.flights or self.instances.starting or self.checks.bundles() or self._tasks
+        return not busy
 
     def _tell_stats(self) -> None:
         stats = node.stats(
@@ -266,6 +276,7 @@ class Agent:
             self.runtime.pool.layers(),
             self.tier.granted_mb,
             self.runtime.on_gpu(),
+            self.calibration.bandwidth,
         )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats
@@ -273,6 +284,8 @@ class Agent:
     # -- from the controller ---------------------------------------------------------------------------------
 
     def _command(self, frame: Frame) -> None:
+        if frame.header.type in _WORK:
+            self.calibration.interrupt()
         match frame.header.type:
             case Type.START:
                 self.instances.start(frame.body)

@@ -93,6 +93,11 @@ class Instances:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def starting(self) -> bool:
+        """Whether one of them is."""
+        return any(entry.state == "starting" for entry in self._entries.values())
+
     def _share_memory(self) -> None:
         """What instances were promised is theirs: slabs have what is left of the node's memory."""
         promised = sum(entry.start.spec.memory_mb for entry in self._entries.values())

@@ -42,6 +42,7 @@ The move of what runs in an instance (`migration`; over: nothing is to be done a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
@@ -356,6 +357,8 @@ class Machine:
             self.ledger.where.touch(node.name)
             self.ledger.room_changed()
         node.stats = event.stats
+        if event.stats.bandwidth and event.stats.bandwidth != node.info.bandwidth:
+            node.info = replace(node.info, bandwidth=event.stats.bandwidth)
         if event.stats.layers is not None:
             node.layers = sorted(event.stats.layers)
         self.ledger.where.add(node)

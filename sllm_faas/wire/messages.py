@@ -404,6 +404,8 @@ class NodeStats:
     """What its DRAM tier may hold; None: it does not tell."""
     on_gpu: tuple[str, ...] = ()
     """Digests of the checkpoints that are whole on a GPU that no instance holds."""
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    """As in NodeInfo, should it have been measured since; empty: nothing new."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

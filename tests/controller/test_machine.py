@@ -8,8 +8,9 @@ from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.model import key_of
 from sllm_faas.controller.state import Machine
+from sllm_faas.controller.views import Views
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.spec import AppSpec, Scaling, Target, digest
+from sllm_faas.spec import AppSpec, CheckpointSpec, Scaling, Target, digest
 from sllm_faas.wire.messages import Checked, InstanceReport, NodeInfo, NodeStats, TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import DIGEST, FAILED, ModelNode, World
@@ -747,3 +748,18 @@ def test_a_start_is_timed_and_the_next_one_predicted_by_it():
         deliver(made)
         ended = made.sent(cmd.StartEnded)[-1]
         assert (ended.outcome, ended.actual) == ("ready", pytest.approx(actual))
+
+
+def test_what_a_node_measures_after_its_hello_counts_until_something_was_learned():
+    made = world(("node-0", 5000))
+    deploy(made, app(function("f", memory_mb=100, checkpoint=CheckpointSpec("org/model"))))
+    machine = made.machine
+    node, target = machine.state.nodes["node-0"], Target("app", "f", 1)
+    spec = machine.ledger.function(target)
+    made.feed(ev.CheckpointSeen("node-0", DIGEST, 2**28))
+    made.feed(ev.NodeStatsSeen("node-0", NodeStats(0, 0, 0, bandwidth={"disk": 2.0**27})))
+    assert machine.scaler.candidates.guess(node, target, spec).load == 2.0
+    made.feed(ev.NodeStatsSeen("node-0", NodeStats(0, 0, 0)))
+    assert node.info.bandwidth == {"disk": 2.0**27}, "it says nothing new"
+    assert Views(machine.ledger).describe_node("node-0", made.now)["bandwidth"] == {"disk": 2.0**27}
+    assert made.replayed().snapshot() == machine.snapshot()

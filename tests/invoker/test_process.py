@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,20 @@ async def test_a_stop_does_not_wait_for_code_that_never_ends(node: Node, name: s
     assert (await node.terminal(identity)).header.type is Type.CANCELLED
     await node.state(f"ins-{name}", "stopped")
     assert not tree.alive(report.pid)
+
+
+async def test_what_an_earlier_life_measured_is_told_at_once(tmp_path: Path) -> None:
+    made = Node(tmp_path / "s")
+    try:
+        state = made.config.node_dir("node-0")
+        state.mkdir(parents=True)
+        kept = {"at": time.time(), "device": state.stat().st_dev, "bandwidth": {"disk": 2e9, "dram": 9e9}}
+        (state / "bandwidth.json").write_text(json.dumps(kept))
+        made.launch()
+        hello = (await made.frame(Type.HELLO)).body
+        assert hello.node.bandwidth == {"disk": 2e9, "dram": 9e9}
+    finally:
+        made.close()
 
 
 async def test_a_module_that_does_not_import_fails_its_check_with_the_traceback(node: Node) -> None:
