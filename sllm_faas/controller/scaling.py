@@ -26,7 +26,7 @@ from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.migration import Migrations, can_move
 from sllm_faas.controller.model import Instance, TargetState, key_of
-from sllm_faas.controller.service_times import SlotWait, slot_wait
+from sllm_faas.controller.service_times import SlotWait, service_time, slot_wait
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
 from sllm_faas.wire.messages import Hasten, Start, Stop, TargetFailed
@@ -186,13 +186,15 @@ class Scaler:
     def _own_slot(self, record: TargetState, spec: FunctionSpec, load: int) -> SlotWait | None:
         """Waiting for those that are ready instead of one more start; None: that one is not wanted for who waits."""
         target, now = record.target, self.ledger.now
+        each = service_time(self.state.book, f"{target.app}/{target.function}")
+        if each is None or record.waiting_since is None:
+            return None
         live = self.ledger.live(key_of(target))
-        if record.waiting_since is None or len(live) < self.scaling_of(target, spec).min_containers:
+        if len(live) < self.scaling_of(target, spec).min_containers:
             return None
         ahead = load - sum([i.concurrency for i in live])
         slots = sum([i.concurrency for i in live if i.state == "ready"])
-        function = f"{target.app}/{target.function}"
-        return slot_wait(self.state.book, function, ahead, slots, now - record.waiting_since)
+        return slot_wait(each, ahead, slots, now - record.waiting_since)
 
     def _shrink(
         self,

@@ -60,7 +60,7 @@ def service_time(book: Mapping[str, float], function: str) -> ServiceTime | None
     return None if found is None else ServiceTime(found, book.get(f"~{key}"), int(book[f"#{key}"]))
 
 
-def slot_wait(book: Mapping[str, float], function: str, ahead: int, slots: int, waited: float) -> SlotWait | None:
+def slot_wait(each: ServiceTime, ahead: int, slots: int, waited: float) -> SlotWait | None:
     """How long the k-th (`ahead`) of those without a slot waits for one of m (`slots`) that are all taken: s * k / m.
 
     A G/G/m queue, approximated: with service time s and all m busy, slots become free at the rate m / s, and evenly (as
@@ -69,10 +69,7 @@ def slot_wait(book: Mapping[str, float], function: str, ahead: int, slots: int, 
 
     None: nobody waits, no slot is there, or too little was seen.
     """
-    if ahead <= 0 or slots <= 0:
-        return None
-    each = service_time(book, function)
-    if each is None or each.seen < KNOWN:
+    if ahead <= 0 or slots <= 0 or each.seen < KNOWN:
         return None
     return SlotWait(each.seconds * ahead / slots, waited, ahead, slots, each)
 

@@ -71,18 +71,15 @@ def test_nonsense_teaches_nothing(served: int, seconds: float):
 
 
 def test_the_last_of_k_waits_for_k_of_m_slots_that_free_evenly():
-    book: dict[str, float] = {}
-    learn(book, "a/f", 10, 20.0)
-    wait = slot_wait(book, "a/f", 3, 4, 0.5)
+    each = ServiceTime(2.0, None, 10)
+    wait = slot_wait(each, 3, 4, 0.5)
     assert wait is not None
     assert wait.seconds == pytest.approx(2.0 * 3 / 4)
-    assert wait.each == ServiceTime(2.0, None, 10)
     assert str(wait) == "about 1.50 s; 3 wait for 4 slots, kept for 2.00 s (mean of 10)"
-    assert slot_wait(book, "a/f", 0, 4, 0.0) is None, "nobody waits"
-    assert slot_wait(book, "a/f", 3, 0, 0.0) is None, "no slot is there"
-    young: dict[str, float] = {}
-    learn(young, "a/f", service_times.KNOWN - 1, 1.0)
-    assert slot_wait(young, "a/f", 3, 4, 0.0) is None, "too few to be relied on"
+    assert slot_wait(each, 0, 4, 0.0) is None, "nobody waits"
+    assert slot_wait(each, 3, 0, 0.0) is None, "no slot is there"
+    young = ServiceTime(0.1, None, service_times.KNOWN - 1)
+    assert slot_wait(young, 3, 4, 0.0) is None, "too few to be relied on"
 
 
 # -- in the machine ------------------------------------------------------------------------------------------
