@@ -17,19 +17,22 @@ WEIGHTS = "model.safetensors"
 
 class Server(ThreadingHTTPServer):
     """Serves `folder` under /bucket/model with ETags and ranges, and misbehaves as told. `cut` ends every answer of the
-    weights after so many bytes; `hold` has it wait there (`held`), until `go_on` or its client is gone (`left`);
-    `asked` has (method, name, range)."""
+    weights after so many bytes; `claim` is a size of the weights that HEAD gives in place of the true one; `refuses` is
+    of ranges; `hold` has it wait there (`held`), until `go_on` or its client is gone (`left`); `asked` has (method,
+    name, range)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.cut = 0
+        self.claim = 0
         self.hold = 0
         self.held = threading.Event()
         self.left = threading.Event()
         self._wait, self._go = socket.socketpair()
         self.tags = True
         self.ranges = True
+        self.refuses = False
         self.redirect = ""
         self.asked: list[tuple[str, str, str]] = []
 
@@ -93,6 +96,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        changed, refused = self.headers.get("If-Match", tag) != tag, bool(wanted) and self.server.refuses
+        if changed or refused:
+            self.send_response(412 if changed else 403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         start, whole = 0, len(data)
         if wanted and self.server.ranges and self.headers.get("If-Range", tag) == tag:
             match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
@@ -106,7 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.tags:
             self.send_header("ETag", tag)
         self.send_header("Last-Modified", "Sat, 21 Nov 2026 04:00:00 GMT")
-        self.send_header("Content-Length", str(whole - start))
+        claimed = self.server.claim if name == WEIGHTS and self.command == "HEAD" else 0
+        self.send_header("Content-Length", str(claimed or whole - start))
         self.end_headers()
         if self.command == "GET":
             cut = self.server.cut if name == WEIGHTS else 0

@@ -24,17 +24,21 @@ def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield made
 
 
-@pytest.fixture(params=["https", "s3"])
-def url(request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same folder both ways."""
-    if request.param == "https":
-        return server.url
+@pytest.fixture
+def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("obstore")
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{server.address}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote_module, "_PIECE", 1)  # whatever has come is handed on
     return "s3://bucket/model"
+
+
+@pytest.fixture(params=["https", "s3"])
+def url(request: pytest.FixtureRequest, server: Server) -> str:
+    """The same folder both ways."""
+    return server.url if request.param == "https" else request.getfixturevalue("s3")
 
 
 def downloads(store):
@@ -69,7 +73,7 @@ def test_a_broken_off_fetch_goes_on_where_it_ended(store, server, source, url):
     assert len(wanted) == -(-size // 50_000)
 
 
-def test_an_answer_that_always_ends_early_is_an_error_and_the_next_pull_goes_on(store, server, source, monkeypatch):
+def test_an_answer_that_always_ends_early_is_an_error_and_the_next_pull_goes_on(store, server, monkeypatch):
     server.cut, answer = 30_000, Handler._answer
     monkeypatch.setattr(Handler, "_answer", lambda self, wanted: answer(self, wanted) if not wanted else self.close())
     monkeypatch.setattr(Handler, "close", lambda self: setattr(self, "close_connection", True), raising=False)
@@ -91,19 +95,51 @@ def test_a_server_without_ranges_is_asked_for_the_whole_again(store, server, sou
     assert len(server.weights_asked()) == before + 1, "without tags nothing else tells"
 
 
-def test_content_that_changes_meanwhile_is_not_mixed(store, server, source, monkeypatch):
+def test_a_bucket_whose_answer_ends_early_and_then_refuses_is_an_error_and_the_next_pull_goes_on(store, server, s3):
+    server.cut, server.refuses = 30_000, True
+    with pytest.raises(CheckpointUnavailable, match="cannot be read"):
+        ingest(store, s3, "far")
+    assert not list((store.root / "objects").iterdir())
+    server.cut, server.refuses = 0, False
+    ingest(store, s3, "far")
+    assert server.weights_asked()[-1] == "bytes=30000-"
+
+
+@pytest.mark.parametrize(
+    ("off", "error", "message"),
+    [
+        (-1000, CheckpointIncomplete, "gave more than its"),
+        (1000, CheckpointUnavailable, r"another range than was asked for|cannot be read"),
+    ],
+)
+def test_a_size_that_is_not_the_contents_is_an_error(store, server, source, url, off, error, message):
+    """The one that was told beforehand; the answer is whole in itself."""
+    server.claim = (source / WEIGHTS).stat().st_size + off
+    with pytest.raises(error, match=message):
+        ingest(store, url, "far")
+    assert not list((store.root / "objects").iterdir())
+
+
+def test_a_bucket_that_ignores_ranges_is_an_error_and_nothing_is_mixed(store, server, s3):
+    server.cut, server.ranges = 40_000, False
+    with pytest.raises(CheckpointUnavailable, match="cannot be read"):
+        ingest(store, s3, "far")
+    assert not list((store.root / "objects").iterdir())
+
+
+def test_content_that_changes_meanwhile_is_not_mixed(store, server, source, url, monkeypatch):
     server.cut, answer, path = 40_000, Handler._answer, source / WEIGHTS
+    content = path.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1])
 
     def change(self, wanted):
-        if wanted and path.stat().st_size:
-            data = bytearray(path.read_bytes())
-            data[-1] ^= 1
-            path.write_bytes(data)
+        if wanted:
+            path.write_bytes(changed)
         answer(self, wanted)
 
     monkeypatch.setattr(Handler, "_answer", change)
-    with pytest.raises(CheckpointUnavailable, match="changed"):
-        ingest(store, server.url, "far")
+    with pytest.raises(CheckpointUnavailable, match=r"changed|cannot be read"):
+        ingest(store, url, "far")
     assert not list((store.root / "objects").iterdir())
 
 
