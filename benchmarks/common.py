@@ -2,7 +2,8 @@
 
 A benchmark prints a table and, with `--json PATH`, writes
 `{"benchmark", "machine", "date", "figures": {name: value}, "bars": {name: {"value", "limit", "holds"}}}`.
-A bar is a promise of the documentation. Nothing here asserts: a missed bar is reported and gives exit code 1.
+A bar is a promise of the documentation. Nothing here asserts: a missed bar is reported and gives exit code 1, and so
+does one that could not be shown (`value` and `limit` null, and `why`).
 """
 
 from __future__ import annotations
@@ -52,10 +53,17 @@ class Report:
     def at_most(self, name: str, value: float, limit: float) -> None:
         self.bars[name] = {"value": round(value, 4), "limit": limit, "holds": value <= limit}
 
+    def not_shown(self, name: str, why: str) -> None:
+        """A bar that this run has nothing to hold against: as good as missed."""
+        self.bars[name] = {"value": None, "limit": None, "holds": False, "why": why}
+
     def finish(self, path: str | None) -> int:
         """Print the bars, write the JSON; the exit code."""
         print()
         for name, bar in self.bars.items():
+            if bar["value"] is None:
+                print(f"NOT SHOWN  {name}: {bar['why']}")
+                continue
             print(f"{'holds ' if bar['holds'] else 'MISSED'}  {name}: {bar['value']:g} (limit {bar['limit']:g})")
         if path:
             whole = {
@@ -179,6 +187,12 @@ class Platform:
         if done.returncode:
             raise SystemExit(f"sllm {' '.join(args)} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    def child(self, name: str) -> int:
+        """The pid of that process, as last started by the supervisor."""
+        lines = (self.state / "logs/platform.jsonl").read_text().splitlines()
+        started = [json.loads(line) for line in lines if '"child"' in line and f'"{name}"' in line]
+        return int(started[-1]["child"])
 
     @property
     def headers(self) -> dict[str, str]:

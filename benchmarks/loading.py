@@ -3,7 +3,8 @@
 One machine, one run, interleaved rounds. Every loader has the same end: each tensor summed up, so that lazy maps pay
 for what they put off. Imports are done before the clock starts. Cold: nothing of the file in the page cache and
 nothing in the store's memory. Warm: the file in the page cache; for sllm-faas the checkpoint in the DRAM tier.
-The weights are random, bf16, of a Llama's shape. `--peers` interpreters that lack a loader leave it out, and say so.
+The weights are random, bf16, of a Llama's shape. Loaders that the peers' environment lacks are left out; that sllm-faas
+is ahead of every one is not shown then.
 
 Limit: what fio reads from the same file with O_DIRECT, large blocks, is what the disk gives.
 """
@@ -224,9 +225,13 @@ def show(
     print("sllm warm, ms by stage:", *({k: round(v * 1e3, 1) for k, v in stages.items()} for stages in warm))
     print(f"DRAM -> attached {attach:.1f} ms, with its pages mapped {mapped:.1f} ms")
     report.at_least(f"{name}: disk -> DRAM / fio", ours / fastest, 0.95)
+    missing = [loader for loader in (*NATIVE, *FOREIGN) if loader not in loaders]
     for state in ("cold", "warm"):
-        others = [rate(loader, state) for loader in loaders if loader != "sllm"]
-        report.at_least(f"{name}: {state}, sllm / best other", rate("sllm", state) / max(others), 1.0)
+        bar, others = f"{name}: {state}, sllm / best other", [rate(each, state) for each in loaders if each != "sllm"]
+        if missing:
+            report.not_shown(bar, f"without {', '.join(missing)}")
+        else:
+            report.at_least(bar, rate("sllm", state) / max(others), 1.0)
     if name == "1.1B":
         report.at_most("1.1B: DRAM -> attached, ms", attach, 50)
         report.at_most("1.1B: DRAM -> attached and mapped, ms", mapped, 250)
