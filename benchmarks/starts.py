@@ -120,9 +120,7 @@ class Driver:
     async def renew(self, node: str) -> None:
         """Restart the invoker: the node has nothing but its disk then."""
         before = await self._life(node)
-        lines = (self.platform.state / "logs/platform.jsonl").read_text().splitlines()
-        started = [json.loads(line) for line in lines if '"child"' in line and f'"{node}"' in line]
-        os.kill(started[-1]["child"], signal.SIGKILL)
+        os.kill(self.platform.child(node), signal.SIGKILL)
         while await self._life(node) in ("", before):
             await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE)
