@@ -9,7 +9,9 @@ same at a hundred nodes and at ten thousand.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import islice
 from math import inf
 
@@ -99,6 +101,20 @@ class Candidates:
         """The node as it is for the target."""
         self._refresh()
         return self._one(node, self._need(target, spec), self.migrate)
+
+    def claimable(self, target: Target, spec: FunctionSpec, app: str) -> list[Candidate]:
+        """Nodes with instances of `app`, a few of them, as if those might go too although they are needed."""
+        need, nodes = self._need(target, spec), self.state.nodes
+        names: dict[str, None] = {}
+        for instance in self.ledger.shares.instances(app):
+            if instance.state == "ready" and not nodes[instance.node].cordoned:
+                names[instance.node] = None
+                if len(names) == ALL:
+                    break
+        return [
+            msgspec.structs.replace(self._one(node, need, False), idle=partial(self._claimed, node, need.own, app))
+            for node in map(nodes.__getitem__, names)
+        ]
 
     def guess(self, node: Node, target: Target, spec: FunctionSpec, but: str = "") -> estimate.Estimate:
         """How long one more instance would take to start there; `but`: the one it is, if it has been commanded."""
@@ -264,6 +280,27 @@ class Candidates:
                 idle = max(0.0, now - (now if instance.spare is None else instance.spare))
                 rests = max(0.0, (instance.ready or 0.0) + SERVES * (instance.actual or 0.0) - now)
                 found.append(Idle(instance.id, memory, idle, instance.gpus, cost, rests))
+        return found
+
+    def _claimed(self, node: Node, own: Collection[str], app: str) -> list[Idle]:
+        """The idle ones, and those of the app that its functions have beyond their `min_containers`."""
+        ledger, now = self.ledger, self.ledger.now
+        found = self._idle(node, own)
+        known = {idle.instance for idle in found}
+        spared = Counter(key_of(self.state.instances[name].target) for name in known)
+        here = [i for i in ledger.on_node(node.name) if i.target.app == app and i.state == "ready"]
+        for instance in sorted(here, key=lambda i: (i.running, -i.seq)):
+            key = key_of(instance.target)
+            if instance.id in known or instance.id in self.state.moves or ledger.replacement(instance.id):
+                continue
+            spec = ledger.function(instance.target)
+            least = spec.scaling.min_containers if spec is not None and not instance.target.parameters else 0
+            if len(ledger.live(key)) - spared[key] > least:
+                spared[key] += 1
+                served = max(RESIDENCY, SERVES * (instance.actual or 0.0))
+                rests = max(0.0, (instance.ready or 0.0) + served - now)
+                cost, memory = self._again(node, instance), ledger.gives_back([instance])
+                found.append(Idle(instance.id, memory, 0.0, instance.gpus, cost, rests, claimed=True))
         return found
 
     def _again(self, node: Node, instance: Instance) -> float:

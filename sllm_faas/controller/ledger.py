@@ -15,6 +15,7 @@ from sllm_faas.controller import tables
 from sllm_faas.controller.commands import Command, SendStart
 from sllm_faas.controller.locality import Locality
 from sllm_faas.controller.model import App, Gateway, Instance, Node, State, TargetState, Version, key_of
+from sllm_faas.controller.shares import Shares
 from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import TargetDemand
 
@@ -70,7 +71,9 @@ class Ledger:
         """Busy instance -> the one that takes over from it."""
         self._specs: dict[tuple[str, int, str], tuple[Version, str, FunctionSpec | None]] = {}
         """Resolved specs, each with what it was made from."""
+        self._named: dict[tuple[str, int], tuple[Version, dict[str, FunctionSpec]]] = {}
         self.where = Locality(state.nodes)
+        self.shares = Shares(state)
         for instance in sorted(state.instances.values(), key=lambda instance: instance.seq):
             self._index(instance)
         for key, record in state.targets.items():
@@ -115,12 +118,23 @@ class Ledger:
         digest = version.digests.get(target.function, "")
         known = self._specs.get(name)
         if known is None or known[0] is not version or known[1] != digest:
-            known = self._specs[name] = (version, digest, resolve(version, target.function))
+            spec = self._functions(version).get(target.function)
+            spec = spec.resolved(version.digests) if spec is not None else None
+            known = self._specs[name] = (version, digest, spec)
         return known[2]
+
+    def _functions(self, version: Version) -> dict[str, FunctionSpec]:
+        """By name: an app may have thousands."""
+        known = self._named.get((version.app, version.number))
+        if known is None or known[0] is not version:
+            by_name = {spec.name: spec for spec in version.spec.functions}
+            known = self._named[version.app, version.number] = (version, by_name)
+        return known[1]
 
     def forget_specs(self) -> None:
         """Versions are gone from the records: nothing of them is kept here."""
         self._specs.clear()
+        self._named.clear()
 
     def versions(self) -> Iterable[tuple[App, Version]]:
         return ((app, version) for app in self.state.apps.values() for version in app.versions.values())
@@ -181,6 +195,7 @@ class Ledger:
         self._by_node.setdefault(instance.node, {})[instance.id] = instance
         if instance.replaces:
             self._replaced[instance.replaces] = instance.id
+        self.shares.add(instance)
         self.note_state(instance)
         self._private[instance.node] = self._private.get(instance.node, 0) + instance.memory_mb
         self._gpus[instance.node] = self._gpus.get(instance.node, 0) + instance.gpus
@@ -208,6 +223,7 @@ class Ledger:
         for index in (self._loading, self._ending, self._spare):
             _discard(index, instance.node, instance.id)
         _discard(self._spare_of, key, instance.id)
+        self.shares.drop(instance)
         self.where.touch(instance.node)
         self._private[instance.node] -= instance.memory_mb
         self._gpus[instance.node] -= instance.gpus
@@ -236,6 +252,7 @@ class Ledger:
             _discard(self._loading, instance.node, instance.id)
         if instance.state == "draining":
             self._ending.setdefault(instance.node, {})[instance.id] = instance
+            self.shares.drop(instance)
         else:
             _discard(self._ending, instance.node, instance.id)
         self.where.touch(instance.node)
@@ -464,6 +481,7 @@ class Ledger:
         """Raises AssertionError when an index or a relation between records does not hold."""
         state, fresh = self.state, Ledger(self.state)
         self.where.validate(state.nodes)
+        self.shares.validate(fresh.shares)
         for name in INDEXES:
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the state gives"
         for mine in (*self._by_target.values(), *self._by_node.values()):

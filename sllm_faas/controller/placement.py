@@ -64,7 +64,7 @@ class Costs:
 
 class Idle(msgspec.Struct, frozen=True):
     """An instance that nobody has needed for `seconds`, and what its end gives back. `reload`: seconds its own start
-    took; `rests`: seconds for which it may not go yet."""
+    took; `rests`: seconds for which it may not go yet; `claimed`: it is needed, but its app is above its share."""
 
     instance: str
     memory_mb: int
@@ -72,6 +72,7 @@ class Idle(msgspec.Struct, frozen=True):
     gpus: int = 0
     reload: float = 0.0
     rests: float = 0.0
+    claimed: bool = False
 
 
 class Movable(msgspec.Struct, frozen=True):
@@ -180,6 +181,8 @@ class Full:
     """What would help."""
     own_slot: bool = False
     """It waits for a slot of its own instances."""
+    stuck: bool = False
+    """Nothing is about to end and nothing can go: no room will come of itself."""
 
 
 Choice = Placed | Evict | Move | Full
@@ -323,7 +326,8 @@ def no_room(nodes: Sequence[Candidate]) -> Full:
     return Full(
         f"none of {len(nodes)} nodes has {min(node.need_mb for node in nodes)} MiB"
         + (f" and {_gpus(nodes[0].need_gpus)}" if nodes[0].need_gpus else "")
-        + " free, and nothing there is idle"
+        + " free, and nothing there is idle",
+        stuck=True,
     )
 
 
@@ -352,7 +356,9 @@ def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:
     if rest > 0:
         return Full(f"waits until instances on {node.name} have served for a while and may go", again=rest)
     room = f"{node.need_mb} MiB" + (f" and {_gpus(node.need_gpus)}" if node.need_gpus else "")
-    return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} idle to free {room}, then {node.estimate}")
+    claimed = any(item.claimed for item in idle)
+    which = "of an app above its share" if claimed else "idle"
+    return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} {which} to free {room}, then {node.estimate}")
 
 
 def _move(node: Candidate, moves: Sequence[Movable]) -> Move:

@@ -27,10 +27,13 @@ from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.migration import Migrations, can_move
 from sllm_faas.controller.model import Instance, TargetState, key_of
 from sllm_faas.controller.service_times import SlotWait, service_time, slot_wait
+from sllm_faas.controller.shares import CLOSE, memory_mb
 from sllm_faas.errors import NoCapacity, NotFound, to_info
 from sllm_faas.spec import FunctionSpec, Scaling, Target
 from sllm_faas.wire.messages import Hasten, Start, Stop, TargetFailed
 
+CLAIMS = 3
+"""Apps above their share, the furthest above first, that are asked for room."""
 Mode = Literal["serving", "warming", "superseded", "gone"]
 
 
@@ -80,10 +83,11 @@ class Scaler:
 
     # -- one target ------------------------------------------------------------------------------------------
 
-    def reconcile(self, key: str) -> None:
+    def reconcile(self, key: str, most: int | None = None) -> bool:
+        """Look after one target; `most`: starts at a time. True: it wants more than those and may go on."""
         record = self.state.targets.get(key)
         if record is None:
-            return
+            return False
         target = record.target
         mode, spec = self._owed(target)
         window = spec.scaling.scaledown_window if spec is not None and mode in ("serving", "warming") else 0.0
@@ -110,13 +114,15 @@ class Scaler:
             self.ledger.room_changed()
         few = autoscale.PANIC * (live[0].concurrency if live else 1)
         kept = self._pressure(record, waiting + running, few, ready, want, window if mode == "serving" else 0.0)
-        blocked = ""
+        blocked, more = "", False
         if waiting and len(ready) < len(live):
             self._hasten(waiting, live)
         if spec is not None and want > len(live):
-            blocked = self._grow(record, spec, want - len(live), live, waiting + running)
+            begun = self.state.created
+            blocked = self._grow(record, spec, want - len(live), live, waiting + running, most)
             if not blocked:
                 self.ledger.dirty.discard(key)  # by its own starts, which leave nothing more to do
+                more = begun < self.state.created < begun + want - len(live)
         elif len(live) > want:
             hold = 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD
             least = self.scaling_of(target, spec).min_containers if spec is not None else 0
@@ -128,6 +134,7 @@ class Scaler:
             )
         self._refuse(record, key)
         self._release(record, key)
+        return more
 
     def _pressure(
         self, record: TargetState, load: int, few: float, ready: Sequence[Instance], want: int, stable: float
@@ -143,8 +150,17 @@ class Scaler:
             self.ledger.wake_target(record, self.ledger.now + soon)
         return kept
 
-    def _grow(self, record: TargetState, spec: FunctionSpec, missing: int, live: Sequence[Instance], load: int) -> str:
-        """Start what is missing for a demand of `load` invocations. Returns why it has to wait, if it has to."""
+    def _grow(
+        self,
+        record: TargetState,
+        spec: FunctionSpec,
+        missing: int,
+        live: Sequence[Instance],
+        load: int,
+        most: int | None,
+    ) -> str:
+        """Start what is missing for a demand of `load` invocations, `most` of it now. Returns why it has to wait, if it
+        has to."""
         if self.ledger.now < record.retry_at:
             self.ledger.wake_target(record, record.retry_at)
             return ""
@@ -157,10 +173,12 @@ class Scaler:
         if record.blocked and self.ledger.now < record.look_at and missing > 0 and not grown:
             self.ledger.wake_target(record, record.look_at)
             return record.blocked
-        for _ in range(missing):
+        for _ in range(missing if most is None else min(missing, most)):
             choice = self.policy.place(
                 self.candidates.of(record.target, spec), partial(self._own_slot, record, spec, load)
             )
+            if isinstance(choice, placement.Full) and choice.stuck:
+                choice = self._claim(record.target, spec) or choice
             why = record.placement = choice.why
             record.waits_up_to = 0
             if isinstance(choice, placement.Placed):
@@ -195,6 +213,22 @@ class Scaler:
         ahead = load - sum([i.concurrency for i in live])
         slots = sum([i.concurrency for i in live if i.state == "ready"])
         return slot_wait(each, ahead, slots, now - record.waiting_since)
+
+    def _claim(self, target: Target, spec: FunctionSpec) -> placement.Choice | None:
+        """How to get room from an app that would still hold as much for its weight without it as this one with it, so
+        never the other way round next. Its instances finish what they run."""
+        shares, size = self.ledger.shares, self.ledger.size_mb(spec.checkpoint.digest if spec.checkpoint else "")
+        mine = shares.of(target.app, spec.memory_mb + size, spec.gpus)
+        for app in shares.above(mine, target.app)[:CLAIMS]:
+            choice = self.policy.place(self.candidates.claimable(target, spec, app))
+            if isinstance(choice, placement.Evict):
+                gone = [i for name in choice.instances if (i := self.state.instances[name]).target.app == app]
+                mb, gpus = sum(map(memory_mb, gone)), sum(i.gpus for i in gone)
+                if shares.of(app, -mb, -gpus) >= mine - CLOSE:
+                    return choice
+            elif not isinstance(choice, placement.Full) or not choice.stuck:
+                return choice
+        return None
 
     def _shrink(
         self,

@@ -5,10 +5,11 @@ for byte, the same `snapshot()`. `service` feeds it and carries out what it comm
 their numbers, `placement` picks nodes, `estimate` predicts, `ledger` keeps the records and their indexes.
 
 Theory of operation. Every event changes records and marks targets dirty; before `handle` returns, each dirty target
-is reconciled, those who wait longest first. Time comes in as `Tick` at `next_deadline()`. What the world reports may
-be late, doubled or missing: reports are taken by the tables below, where a state that maps to itself means "known
-already"; HELLO carries all instances of a node, so what is not in it is gone and what is unknown is adopted. An event
-that a table does not allow is an IllegalTransition and changes nothing.
+is reconciled, of those that wait first whose app holds least for its weight (`shares`), then the oldest. Time comes in
+as `Tick` at `next_deadline()`. What the world reports may be late, doubled or missing: reports are taken by the tables
+below, where a state that maps to itself means "known already"; HELLO carries all instances of a node, so what is not in
+it is gone and what is unknown is adopted. An event that a table does not allow is an IllegalTransition and changes
+nothing.
 
 A version (`absent` = not known; failed and ready ones stay as history). `(event)` changes nothing:
 
@@ -41,8 +42,10 @@ The move of what runs in an instance (`migration`; over: nothing is to be done a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, cast
 
 import msgspec
@@ -142,15 +145,46 @@ class Machine:
             if not self.ledger.dirty:
                 return
             dirty, self.ledger.dirty = self.ledger.dirty, set()
-            for key in sorted(dirty, key=self._urgency) if len(dirty) > 1 else dirty:
-                self.scaler.reconcile(key)
-                self.deployments.check_warm(key)
+            waiting = [key for key in dirty if self._waits(key)] if len(dirty) > 1 else ()
+            if len(waiting) > 1:
+                self._in_turn(waiting)
+                dirty.difference_update(waiting)
+            elif waiting:
+                self._look_after(waiting[0])
+                dirty.remove(waiting[0])
+            for key in sorted(dirty) if len(dirty) > 1 else dirty:
+                self._look_after(key)
         raise AssertionError("reconciliation does not settle")
 
-    def _urgency(self, key: str) -> tuple[float, str]:
+    def _look_after(self, key: str, most: int | None = None) -> bool:
+        more = self.scaler.reconcile(key, most)
+        self.deployments.check_warm(key)
+        return more
+
+    def _waits(self, key: str) -> bool:
+        """For an instance, as far as is known."""
         record = self.state.targets.get(key)
-        since = record.waiting_since if record else None
-        return (since if since is not None else float("inf"), key)
+        return record is not None and (record.blocked != "" or self.ledger.load(key)[0] > 0)
+
+    def _in_turn(self, keys: Sequence[str]) -> None:
+        """Each of these that wait, one start at a time: that may make it another's turn."""
+        queue = [self._turn(key) for key in keys]
+        heapq.heapify(queue)
+        while queue:
+            turn = heapq.heappop(queue)
+            key = turn[-1]
+            if queue and (now := self._turn(key)) > turn:
+                heapq.heappush(queue, now)  # its app has got something since
+            elif self._look_after(key, 1 if queue else None):
+                heapq.heappush(queue, self._turn(key))
+
+    def _turn(self, key: str) -> tuple[float, float, str]:
+        """Of the app that holds least for its weight, then the oldest, then by name."""
+        record = self.state.targets.get(key)
+        if record is None:
+            return (inf, inf, key)
+        since = record.waiting_since
+        return (self.ledger.shares.of(record.target.app), inf if since is None else since, key)
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -281,6 +315,7 @@ class Machine:
         if before != "up":
             node.since = self.ledger.now
         node.state, node.info, node.life = state, info, event.life
+        self.ledger.shares.nodes_changed()
         node.checkpoints = sorted(info.checkpoints)
         self.ledger.where.add(node)
         if changed:
@@ -322,6 +357,7 @@ class Machine:
     def _remove_node(self, node: Node) -> None:
         self.ledger.where.remove(node)
         del self.state.nodes[node.name]
+        self.ledger.shares.nodes_changed()
         self.ledger.emit(WithdrawNode(node.name))
 
     def _node_cordoned(self, event: ev.NodeCordoned) -> None:
@@ -369,6 +405,7 @@ class Machine:
 
     def _move_node(self, node: Node, event: str) -> None:
         after = tables.move(tables.NODE, f"node {node.name}", node.state, event)
+        self.ledger.shares.nodes_changed()
         if after != "absent":
             node.state = cast(NodeState, after)
 

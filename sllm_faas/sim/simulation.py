@@ -22,6 +22,8 @@ from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, Sc
 TAIL = 600.0
 """Seconds after the last arrival in which what waits and runs may still end."""
 BUNDLE = digest(b"simulated")
+APP = "app"
+"""Of functions that name none."""
 
 
 class Simulation:
@@ -81,7 +83,7 @@ class Simulation:
         weights: dict[str, float] = {}
         for number, model in enumerate(self._models):
             spec = _spec(model, number)
-            name = model.app or f"app-{number}"
+            name = model.app or APP
             apps.setdefault(name, []).append(spec)
             weights[name] = model.weight
             targets.append(Target(name, spec.name, 1))

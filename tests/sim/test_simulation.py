@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import msgspec
@@ -86,12 +87,41 @@ def test_a_refused_request_is_counted():
     assert result.requests == result.answered + result.refused
 
 
-def test_one_apps_flood_leaves_the_other_its_instances():
-    flood = replace(MODEL, name="flood", count=1, max_containers=8, app="noisy", gpus=0, checkpoint_gb=0.0, seconds=1.0)
-    quiet = replace(flood, name="quiet", app="quiet")
-    both = replace(SMALL, functions=(flood, quiet), load=LoadModel("poisson", rate=6.0))
+FLOOD = FunctionModel("flood", gpus=1, memory_mb=100, max_containers=50, app="noisy", seconds=1.0)
+EIGHT = replace(SMALL, nodes=(replace(SMALL.nodes[0], gpus=4),))
+"""Places for instances with one GPU."""
+
+
+def held_over(scenario: Scenario, start: float, end: float) -> dict[str, float]:
+    """By app, the mean number of instances that served or started over that time."""
+    simulation = Simulation(scenario, "ours", 1)
+    simulation._next_arrival()
+    held: Counter[str] = Counter()
+    looks = range(int(start), int(end))
+    for second in looks:
+        simulation.clock.run(float(second))
+        held.update(i.target.app for i in simulation.machine.state.instances.values() if i.state != "draining")
+    simulation.machine.validate()
+    return {app: count / len(looks) for app, count in held.items()}
+
+
+@pytest.mark.parametrize(("weight", "noisy", "other"), [(1.0, 4.0, 4.0), (3.0, 2.0, 6.0)])
+def test_two_apps_that_flood_a_full_cluster_hold_it_by_their_weights(weight, noisy, other):
+    rival = replace(FLOOD, name="rival", app="other", weight=weight)
+    both = replace(EIGHT, functions=(FLOOD, rival), load=LoadModel("poisson", rate=40.0))
+    held = held_over(both, 60, 120)
+    assert held["noisy"] == pytest.approx(noisy, abs=0.3)
+    assert held["other"] == pytest.approx(other, abs=0.3)
+
+
+def test_a_flood_does_not_starve_an_app_that_asks_for_little():
+    """Nine of ten requests are the flood's, which is more than the cluster can take; the other's are all served."""
+    quiet = replace(FLOOD, name="quiet", app="quiet")
+    both = replace(EIGHT, functions=(quiet, FLOOD), load=LoadModel("poisson", rate=20.0, popularity=3.17))
     result = Simulation(both, "ours", 1).run()
     assert set(result.apps) == {"noisy", "quiet"}
+    assert result.apps["noisy"]["p50"] > 10.0
+    assert result.apps["quiet"]["p95"] < 5.0
 
 
 @given(
