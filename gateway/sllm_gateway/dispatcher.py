@@ -64,6 +64,7 @@ class Adopter(Protocol):
 class Dispatcher:
     """`on_ended(handle)` sees every invocation once, when its caller's answer is settled.
 
+    `name` is the gateway's, by which the controller names it in routes.
     `on_routes(table)` sees every change of the table. `drops` counts frames that were not believed, by reason;
     `resumes` what went on elsewhere after a loss, by its cause; `moves` the offers of a move, by what came of them.
     """
@@ -71,12 +72,14 @@ class Dispatcher:
     def __init__(
         self,
         *,
+        name: str = "",
         clock: Callable[[], float] = time.monotonic,
         window: int = 1024,
         max_waiting: int = 10_000,
         on_ended: Callable[[Handle], None] | None = None,
         on_routes: Callable[[RouteTable], None] | None = None,
     ) -> None:
+        self.name = name
         self.clock = clock
         self.window = window
         self.slots = SlotTable()
@@ -545,7 +548,7 @@ class Dispatcher:
     # -- routes ----------------------------------------------------------------------------------------------
 
     def _rerouted(self) -> None:
-        more = self._targets.caps.replace(self.routes.caps())
+        more = self._targets.caps.replace(self.routes.caps(self.name))
         for target in self.queue.targets():
             self._reroute(target)
         for target in self.queue.targets():

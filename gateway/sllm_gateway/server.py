@@ -140,6 +140,7 @@ class Service:
         self.config = config
         settings = Settings(name, config.host, config.loopback, config.invocation_open, config.max_body)
         self.dispatcher = Dispatcher(
+            name=name,
             window=config.stream_window,
             on_ended=lambda handle: self.gateway.ended(handle),
             on_routes=lambda table: self.links.sync_nodes(table.nodes),

@@ -210,18 +210,22 @@ class Deployments:
         version = app.versions.get(app.active)
         if version is None:
             return ()
-        routes, cap = [], self.cap(version.spec)
+        routes, (cap, more) = [], self.cap(version.spec)
         for function in version.spec.functions:
             spec = resolve(version, function.name)
             assert spec is not None
-            routes.append(FunctionRoute(app.name, version.number, spec, version.spec.weight, version.created, cap))
+            weight = version.spec.weight
+            routes.append(FunctionRoute(app.name, version.number, spec, weight, version.created, cap, more))
         return tuple(routes)
 
-    def cap(self, spec: AppSpec) -> int:
-        """Each gateway's part of the app's cap; one at least, so with more gateways than that the cap is theirs."""
+    def cap(self, spec: AppSpec) -> tuple[int, tuple[str, ...]]:
+        """Each gateway's part of the app's cap, and the gateways, first by name, that have one more, so that the parts
+        are the whole. One at least: with more gateways than the cap, as many may run as there are gateways."""
+        names = sorted(self.state.gateways)
         if not spec.max_concurrency:
-            return 0
-        return max(1, spec.max_concurrency // max(1, len(self.ledger.state.gateways)))
+            return 0, ()
+        part, rest = divmod(spec.max_concurrency, max(1, len(names)))
+        return (part, tuple(names[:rest])) if part else (1, ())
 
     def share_out(self) -> None:
         """There are more gateways, or fewer: tell all what their parts of the caps are now."""

@@ -85,9 +85,9 @@ class RouteTable:
         self._changed()
         return True
 
-    def caps(self) -> dict[str, int]:
-        """How many invocations may run at once through us, of the apps for which that is limited."""
-        return {route.app: route.cap for route in self.functions.values() if route.cap > 0}
+    def caps(self, gateway: str) -> dict[str, int]:
+        """How many invocations may run at once through that gateway, of the apps for which that is limited."""
+        return {route.app: route.cap + (gateway in route.more) for route in self.functions.values() if route.cap > 0}
 
     def _changed(self) -> None:
         self._resolved.clear()

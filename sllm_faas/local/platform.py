@@ -87,7 +87,7 @@ class LocalPlatform:
 
     def _start(self) -> None:
         bus = MemoryBus()
-        self.dispatcher = Dispatcher(on_ended=self._ended)
+        self.dispatcher = Dispatcher(name=GATEWAY.decode(), on_ended=self._ended)
         self.backend = LocalBackend(self.dispatcher)
         to_controller = bus.dealer(control.ENDPOINT, GATEWAY, self._from_controller)
         to_node = bus.dealer(node.ENDPOINT, GATEWAY, lambda parts: self.dispatcher.on_invoker_message(node.NAME, parts))

@@ -413,8 +413,8 @@ class NodeStats:
 
 @dataclass(frozen=True, slots=True)
 class FunctionRoute:
-    """The serving version of a function. `cap`: invocations of its whole app that may run at once through each gateway;
-    0: as many as there are slots."""
+    """The serving version of a function. `cap`: invocations of its whole app that may run at once through each gateway,
+    and one more through each of those named in `more`; 0: as many as there are slots."""
 
     app: str
     version: int
@@ -422,6 +422,7 @@ class FunctionRoute:
     weight: float = 1.0
     created: float = 0.0
     cap: int = 0
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

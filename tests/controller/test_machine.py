@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
@@ -658,14 +660,25 @@ def test_restoring_is_only_possible_first():
 
 
 def test_the_cap_of_an_app_is_shared_out_between_the_gateways_there_are():
+    """What does not divide goes to the first of them by name."""
     made = world()
     deploy(made, app(max_concurrency=5))
     made.feed(ev.GatewayUp("h", "1"))
     made.feed(ev.GatewayUp("h", "2"))
+    made.feed(ev.GatewayUp("e", "1"))
     made.feed(ev.GatewayLost("h", "1"))  # of the life before
     made.feed(ev.GatewayLost("h", "2"))
-    caps = [{route.cap for route in each.functions} for each in made.sent(cmd.PublishFunctions)]
-    assert caps == [{5}, {2}, {5}]
+    caps = [{(route.cap, route.more) for route in each.functions} for each in made.sent(cmd.PublishFunctions)]
+    assert caps == [{(5, ())}, {(2, ("g",))}, {(1, ("e", "g"))}, {(2, ("e",))}]
+
+
+@given(cap=st.integers(1, 40), gateways=st.integers(1, 12))
+def test_the_parts_of_a_cap_are_the_whole_where_each_gateway_can_have_one(cap, gateways):
+    made = World()
+    for number in range(gateways):
+        made.feed(ev.GatewayUp(f"g-{number}", "1"))
+    part, more = made.machine.deployments.cap(app(max_concurrency=cap))
+    assert part * gateways + len(more) == max(cap, gateways)
 
 
 @pytest.mark.parametrize(("dram_mb", "third"), [(None, ("dram", 0.0)), (3000, ("dram", 0.0)), (2500, ("disk", 2.0))])

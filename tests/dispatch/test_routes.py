@@ -140,3 +140,10 @@ def test_a_hint_names_all_when_they_are_few_and_nothing_when_there_is_nothing() 
     assert nearest("x", ["alpha", "beta"]) == "There is 'alpha', 'beta'."
     assert nearest("x", []) == ""
     assert nearest("xxx", (f"name-{number}" for number in range(50))) == ""
+
+
+def test_a_gateways_part_of_a_cap_is_one_more_when_it_is_named():
+    capped = FunctionRoute("app", 2, BOX, cap=2, more=("g",))
+    routes = table(capped, plain("other"))
+    assert routes.caps("g") == {"app": 3}
+    assert routes.caps("h") == {"app": 2}

@@ -89,7 +89,7 @@ class Gateway:
     def __init__(self, world: Platform, name: str, life: str) -> None:
         self.world, self.name, self.life = world, name, life
         self.identity = f"{name}:{life}".encode()
-        self.dispatcher = Dispatcher(clock=world.loop.time, window=WINDOW, on_routes=lambda _: self._sync())
+        self.dispatcher = Dispatcher(name=name, clock=world.loop.time, window=WINDOW, on_routes=lambda _: self._sync())
         self.links: dict[str, Link] = {}
         self._connect("")
 
