@@ -15,6 +15,7 @@ from sllm_faas.errors import NotFound, SllmError
 
 KINDS = ("app", "function", "invocation", "node")
 _BAR = 32
+_REASONS = 3
 
 
 @click.command()
@@ -287,6 +288,14 @@ def _starts(starts: list[dict[str, Any]]) -> None:
         ],
         "",
     )
+    _reasons(starts)
+
+
+def _reasons(starts: list[dict[str, Any]]) -> None:
+    """Why the newest of them were where they were."""
+    for item in starts[:_REASONS]:
+        if item["why"]:
+            click.echo(f"\n{item['instance']} — {item['why']}")
 
 
 def _timeline(spans: list[dict[str, Any]]) -> None:

@@ -191,6 +191,8 @@ class TargetState:
     waiting_since: float | None = None
     blocked: str = ""
     """Why its start has to wait for room."""
+    made_room: str = ""
+    """What was last done to make room for that start."""
     look_at: float = 0.0
     """While it waits for room: until then, its choice stands unless room appears."""
     waits_up_to: int = 0

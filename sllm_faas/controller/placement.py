@@ -31,6 +31,8 @@ from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.service_times import SlotWait
 
 SHOWN = 5
+LOST = 3
+"""Ways other than the winner that its explanation names, the nearest to it."""
 MOVES = 4
 """Nodes, the cheapest, that are asked what could move away from them: that is the dearest question."""
 AGAIN = 5.0
@@ -130,13 +132,15 @@ class Candidate(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """`others` are the next best, `total` the number that were considered, `full` those without room."""
+    """`others` are the next best with room, `more` the number of those beyond, `full` the nodes without; `ways`: what
+    was considered there, as seconds with harm, what, and the node."""
 
     node: str
     estimate: Estimate
     others: tuple[tuple[str, float], ...] = ()
     more: int = 0
     full: int = 0
+    ways: tuple[tuple[float, str, str], ...] = ()
 
     @property
     def why(self) -> str:
@@ -145,7 +149,7 @@ class Placed:
             text += "; over " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.others)
             if self.more:
                 text += f" and {self.more} more"
-        return text + (f"; {self.full} without room" if self.full else "")
+        return text + (f"; {self.full} without room" if self.full else "") + _lost(self.ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,10 @@ class Evict:
     drain: float | None = None
     again: float = AGAIN
 
+    @property
+    def done(self) -> str:
+        return f"stopping {len(self.instances)} on {self.node}"
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -168,6 +176,10 @@ class Move:
     moves: tuple[tuple[str, str], ...]
     why: str
     again: float = AGAIN
+
+    @property
+    def done(self) -> str:
+        return f"moving {len(self.moves)} away from {self.node}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,8 @@ class Full:
     again: float = AGAIN
     hint: str = ""
     """What would help."""
+    node: str = ""
+    """Where room is awaited."""
     own_slot: bool = False
     """It waits for a slot of its own instances."""
     stuck: bool = False
@@ -229,6 +243,8 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
     left = best = fitting[0][0] if fitting else inf
     way: Callable[[], Evict | Move | Full] | None = None
     """To be put into words if it wins."""
+    ways: list[tuple[float, str, str]] = []
+    """All that were considered: seconds with harm, what, and the node."""
     harms, busy = False, []
     for _, _, _, total, node in ranked:
         if total >= best:
@@ -236,10 +252,12 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
         if not node.big_enough:
             continue
         if node.will_fit():
+            ways.append((total + costs.freeing, "waiting for room on", node.name))
             if total + costs.freeing < best:
                 way, best, harms = partial(_wait, node), total + costs.freeing, False
         elif total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
             cost = total + sum(map(costs.of, idle))
+            ways.append((cost, "eviction on", node.name))
             if cost < best:
                 way, best, harms = partial(_evict, node, idle), cost, True
         else:
@@ -248,11 +266,15 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
         limit = best - total - costs.move
         if limit > 0 and (moves := cheapest_moves(node, costs, limit)):
             cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
+            ways.append((cost, "moving away from", node.name))
             if cost < best:
                 way, best, harms = partial(_move, node, moves), cost, True
     if way is None:
-        return _placed([node for _, node in fitting], len(nodes)) if fitting else no_room(nodes)
+        return _placed([node for _, node in fitting], len(nodes), ways) if fitting else no_room(nodes)
     choice = way()
+    ways += [(total, "a start on", node.name) for total, node in fitting[:1]]
+    if len(ways) > 1:
+        choice = replace(choice, why=choice.why + _lost([lost for lost in ways if lost[2] != choice.node]))
     if harms and not fitting and (slot := own_slot()) is not None and slot.waited + slot.seconds < best:
         return _wait_for_slot(slot, best, choice)
     if fitting and left - best < choice.again:
@@ -335,14 +357,20 @@ def _gpus(count: int) -> str:
     return f"{count} GPU{'s' * (count > 1)}"
 
 
-def _placed(fitting: Sequence[Candidate], total: int) -> Placed:
+def _lost(ways: Sequence[tuple[float, str, str]]) -> str:
+    """The ways that lost, in words."""
+    text = ", ".join(f"{what} {node} {seconds:.2f} s" for seconds, what, node in sorted(ways)[:LOST])
+    return f"; not {text}" if text else ""
+
+
+def _placed(fitting: Sequence[Candidate], total: int, ways: Sequence[tuple[float, str, str]]) -> Placed:
     others = tuple((node.name, node.estimate.total) for node in fitting[1:SHOWN])
     more = max(0, len(fitting) - SHOWN)
-    return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting))
+    return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting), tuple(ways))
 
 
 def _wait(node: Candidate) -> Full:
-    return Full(f"waits for memory that is being freed on {node.name}")
+    return Full(f"waits for memory that is being freed on {node.name}", node=node.name)
 
 
 def _wait_for_slot(slot: SlotWait, best: float, other: Choice) -> Full:
@@ -354,7 +382,8 @@ def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:
     chosen = tuple(item.instance for item in sorted(idle, key=lambda item: (-item.seconds, item.instance)))
     rest = max(item.rests for item in idle)
     if rest > 0:
-        return Full(f"waits until instances on {node.name} have served for a while and may go", again=rest)
+        why = f"waits until instances on {node.name} have served for a while and may go"
+        return Full(why, again=rest, node=node.name)
     room = f"{node.need_mb} MiB" + (f" and {_gpus(node.need_gpus)}" if node.need_gpus else "")
     claimed = any(item.claimed for item in idle)
     which = "of an app above its share" if claimed else "idle"

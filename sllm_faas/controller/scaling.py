@@ -182,8 +182,13 @@ class Scaler:
             why = record.placement = choice.why
             record.waits_up_to = 0
             if isinstance(choice, placement.Placed):
+                if record.made_room:
+                    why = record.placement = f"after {record.made_room}: {why}"
+                    record.made_room = ""
                 self.start(record.target, spec, choice.node, choice.estimate, why)
                 continue
+            if isinstance(choice, placement.Evict | placement.Move):
+                record.made_room = choice.done
             if isinstance(choice, placement.Evict):
                 for name in choice.instances:
                     self._let_go(self.state.instances[name], f"evicted for {record.target}", choice.drain)
@@ -282,6 +287,7 @@ class Scaler:
                 insort(blocked, key)
             else:
                 del blocked[bisect_left(blocked, key)]
+                record.made_room = ""
         record.blocked = why
 
     def _refuse(self, record: TargetState, key: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sllm_faas import cli
+from sllm_faas.cli import output
 
 _spec = importlib.util.spec_from_file_location("fake_server", Path(__file__).with_name("fake_server.py"))
 assert _spec is not None
@@ -137,6 +138,24 @@ def test_json_is_what_the_server_said_and_nothing_else(
     code, out, err = sllm(*args, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == printed
+
+
+def test_an_invocation_says_why_its_instance_was_placed_where_it_was(sllm: Run, fake: Any) -> None:
+    why = "after stopping 1 on node-0: node-0: 1.00 s = base container 1.00; not moving away from node-1 1.20 s"
+    start = {
+        "instance": "i-1", "node": "node-0", "version": 1, "state": "ready", "warmth": "base", "tier": "disk",
+        "predicted": 1.0, "margin": 0.1, "actual": 1.25, "why": why, "timeline": {"began": 0.0, "spans": []},
+        "error": None, "ended": 3.0,
+    }  # fmt: skip
+    others = {**start, "instance": "i-2"}
+    function = {**FUNCTION, "starts": [start, others], "moves": []}
+    fake.answers[f"GET /v1/invocations/{INVOCATION}"] = Answer(200, RECORD)
+    fake.answers[f"GET /v1/functions/{RECORD['app']}/{RECORD['function']}"] = Answer(200, function)
+    code, out, _ = sllm("describe", INVOCATION)
+    assert code == 0
+    assert f"i-1 — {why}" in out
+    assert output.duration(1.25) in out, "beside what was predicted"
+    assert "i-2" not in out
 
 
 def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:

@@ -561,6 +561,7 @@ def test_an_instance_that_would_not_fit_waits_until_it_does():
     made.demand("g", Target("app", "g", 1), 2)
     settle(made)
     assert made.live(Target("app", "g", 1)) == 1, "the idle one made room"
+    assert made.sent(cmd.SendStart)[-1].body.why.startswith("after stopping 1 on node-0: node-0: "), "both are told"
 
 
 def test_what_is_too_big_for_every_node_is_refused_at_once():

@@ -67,7 +67,7 @@ def test_as_few_idle_as_possible_go_the_longest_idle_first():
 def test_memory_that_is_being_freed_is_waited_for():
     """Evicting more while a drain is under way would stop instances for nothing."""
     choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),))])
-    assert choice == Full("waits for memory that is being freed on a")
+    assert choice == Full("waits for memory that is being freed on a", node="a")
 
 
 def test_a_node_that_must_evict_much_loses_to_one_nearly_as_fast_that_need_not():
@@ -172,3 +172,18 @@ def test_of_two_that_would_do_the_one_missed_least_goes():
     choice = place([node("a", need=200, free=0, idle=idle)])
     assert isinstance(choice, Evict)
     assert choice.instances == ("fast",)
+
+
+def test_an_explanation_names_the_ways_that_lost():
+    idle, slow = (Idle("i", 500, 9.0, reload=1.0),), (Idle("j", 500, 0.0, reload=2000.0),)
+    nodes = [node("a", 1.0, free=0, idle=idle), node("b", 1.5, free=0, freeing=500), node("c", 1.2, free=0, idle=slow)]
+    choice = place([*nodes, node("d", 4.0)])
+    assert isinstance(choice, Evict)
+    assert choice.why.startswith("a: stops 1 idle to free 100 MiB, then 1.00 s")
+    assert choice.why.endswith("; not a start on d 4.00 s")
+    choice = place([nodes[2], nodes[1], node("d", 4.0)])
+    assert isinstance(choice, Full)
+    assert choice.why == "waits for memory that is being freed on b; not eviction on c 3.20 s, a start on d 4.00 s"
+    choice = place([nodes[2], node("d", 2.0)])
+    assert isinstance(choice, placement.Placed)
+    assert choice.why.endswith("; 1 without room; not eviction on c 3.20 s")
