@@ -10,7 +10,8 @@ one disk need is the larger of reading them all and computing them all.
 so that each request is a start. Memory holds a fifth of the checkpoints. The same order twice, each time on an invoker
 begun anew: its store keeps what its cost-aware policy says, and what was used last. Bytes read are what the kernel
 counts for the store process, past the page cache. A start begins from whatever layer is there: the table says which.
-The checkpoints are files of their own, and differ by a setting, not by weights: so their sources need no room.
+The checkpoints are files of their own, and differ by a setting, not by weights: so their sources need no room. They
+take 27 GB; where a disk has less, `--shape 35M` has as many smaller ones.
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ def at_once(count: int, root: Path, report: Report) -> None:
 # -- in turn -------------------------------------------------------------------------------------------------
 
 
-def sources(root: Path, count: int) -> list[Path]:
+def sources(shape: str, root: Path, count: int) -> list[Path]:
     """Folders of one model; their configurations differ, and so do the digests of what is made from them."""
-    original = models.build(SHAPE, root / "original")
+    original = models.build(shape, root / "original")
     config = json.loads((original / "config.json").read_text())
     found = [root / f"in-turn-{number}" for number in range(count)]
     for number, folder in enumerate(found):
@@ -211,21 +212,22 @@ def zipf(count: int, requests: int) -> list[int]:
     return rng.choices(range(count), [1 / (rank + 1) for rank in range(count)], k=requests)
 
 
-def turns(count: int, requests: int, root: Path, report: Report) -> None:
-    paths, order, room = sources(root, count), zipf(count, requests), count // SHARE
+def turns(shape: str, count: int, requests: int, root: Path, report: Report) -> None:
+    paths, order, room = sources(shape, root, count), zipf(count, requests), count // SHARE
     size = (paths[0] / "model.safetensors").stat().st_size
     slabs = -(-size // (SLAB_MB * 2**20))
     with platform_up("--invokers", "0", "--no-prefetch", "--dram-mb", str(room * slabs * SLAB_MB)) as platform:
         free = shutil.disk_usage(platform.state).free
         if free < count * size * 1.1:
-            raise SystemExit(f"{count} checkpoints of {size} bytes do not fit: {free} are free under {platform.state}")
+            what = f"{count} checkpoints of {size} bytes do not fit: {free} are free under {platform.state}"
+            raise SystemExit(f"{what}; --shape 35M has smaller ones")
         models.run(sys.executable, "-c", INGEST, str(platform.state / "checkpoints"), *map(str, paths))
         with invoker(platform, "cost"):
             deploy(platform, paths)
         seen: set[str] = set()
         found = {policy: in_turn(platform, policy, order, seen) for policy in POLICIES}
     for what in ("first token", "start-up"):
-        print(f"\n{requests} starts over {count} checkpoints, Zipf, memory for {room}: {what}, ms")
+        print(f"\n{requests} starts over {count} checkpoints ({shape}), Zipf, memory for {room}: {what}, ms")
         rows = []
         for policy, made in found.items():
             seconds = made.seconds(what)
@@ -251,13 +253,14 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where models are made, and kept, on the disk to measure")
     parser.add_argument("--functions", type=int, default=0, help="asked for at once; default: 20, --quick: 4")
     parser.add_argument("--in-turn", type=int, default=0, help="functions asked for in turn; default: 100, --quick: 20")
+    parser.add_argument("--shape", choices=(*models.SMALL, SHAPE), default=SHAPE, help="of those asked for in turn")
     parser.add_argument("--requests", type=int, default=0, help="in turn; default: 600, --quick: 40")
     options = parser.parse_args()
     report = Report("burst")
     with tempfile.TemporaryDirectory(prefix="sllm-burst-", dir=options.directory) as scratch:
         at_once(options.functions or (4 if options.quick else 20), options.directory or Path(scratch), report)
         count = options.in_turn or (20 if options.quick else 100)
-        turns(count, options.requests or (40 if options.quick else 600), Path(scratch), report)
+        turns(options.shape, count, options.requests or (40 if options.quick else 600), Path(scratch), report)
     return report.finish(options.json)
 
 

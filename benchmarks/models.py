@@ -23,6 +23,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "35M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
+}
+"""Where many checkpoints of their own would be too much for a disk."""
 LARGE: dict[str, dict[str, Any]] = {
     "8B": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -54,7 +58,7 @@ def build(shape: str, where: Path, *, pickle: bool = False, variants: Sequence[P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices={**SHAPES, **LARGE})
+    parser.add_argument("shape", choices={**SMALL, **SHAPES, **LARGE})
     parser.add_argument("directory", type=Path)
     parser.add_argument("--pickle", action="store_true")
     parser.add_argument("--variant", type=Path, action="append", default=[])
@@ -68,7 +72,7 @@ def main() -> None:
     from transformers.initialization import no_init_weights
 
     large = options.shape in LARGE
-    shape = {"vocab_size": VOCABULARY, **(LARGE if large else SHAPES)[options.shape]}
+    shape = {"vocab_size": VOCABULARY, **{**SMALL, **SHAPES, **LARGE}[options.shape]}
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape["vocab_size"])}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
