@@ -40,6 +40,11 @@ FEW = 48
 """A set of at most so many nodes is gone through; a larger one is met by walking the index."""
 
 
+Way = tuple[float, str, str, tuple[int, int], tuple[int, int]]
+"""Of a move: seconds until it can begin, then as in `Movable`: to, place, takes and room."""
+NOWAY: Way = (inf, "", "", (0, 0), (0, 0))
+
+
 class Need(msgspec.Struct, frozen=True):
     """What one more instance of a target needs, and who has what of it: looked up once for all nodes.
 
@@ -325,7 +330,7 @@ class Candidates:
         ]
         ready.sort()
         found = []
-        anew: dict[str, tuple[float, str]] = {}
+        anew: dict[str, Way] = {}
         """By target: often several on a node are of one."""
         for _, _, instance in ready if self._whole else ready[:EACH]:
             spec = ledger.function(instance.target)
@@ -341,19 +346,20 @@ class Candidates:
                 there = anew.get(key)
                 if there is None:
                     there = anew[key] = self._destination(node, self._need(instance.target, spec))
-            start, to = there
+            start, to, place, takes, room = there
             if start + seconds < limit or limit == inf:
-                found.append(Movable(instance.id, ledger.gives_back([instance]), instance.gpus, to, start + seconds))
+                memory, when = ledger.gives_back([instance]), start + seconds
+                found.append(Movable(instance.id, memory, instance.gpus, to, when, place, takes, room))
         return found
 
-    def _roomy_other(self, key: str, instance: Instance) -> tuple[float, str] | None:
+    def _roomy_other(self, key: str, instance: Instance) -> Way | None:
         """In no time, and the first node where a ready instance of its target could take in all that runs in it, if the
         target can do with one less: else it would want its room back from whoever got it, by turns."""
         if not self.ledger.has_spare(key):
             return None
         nodes, moves, slots = self.state.nodes, self.state.moves, max(1, instance.running)
-        names = [
-            other.node
+        others = [
+            (other.node, other.id, other.concurrency - other.running)
             for other in self.ledger.instances_of(key)
             if other.state == "ready"
             and other.concurrency - other.running >= slots
@@ -361,16 +367,22 @@ class Candidates:
             and other.id not in moves
             and not nodes[other.node].cordoned
         ]
-        return (0.0, min(names)) if names else None
+        if not others:
+            return None
+        to, place, free = min(others)
+        return 0.0, to, place, (slots, 0), (free, 0)
 
-    def _destination(self, node: Node, need: Need) -> tuple[float, str]:
+    def _destination(self, node: Node, need: Need) -> Way:
         """Where it would start soonest beside the node, and in how many seconds; infinite and empty: nowhere."""
-        nodes, best = self.state.nodes, (inf, "")
+        nodes, best = self.state.nodes, NOWAY
         for name in self._free.rows if self._whole else self._roomy(node.name, need):
             if name != node.name:
                 mb = need.alone_mb if name in need.attached else need.whole_mb
                 if self._free.fits(name, need.gpus, mb):
-                    best = min(best, (self._guess(nodes[name], need).total, name))
+                    seconds = self._guess(nodes[name], need).total
+                    if (seconds, name) < best[:2] or best is NOWAY:
+                        row = self._free.rows[name]
+                        best = (seconds, name, name, (mb, need.gpus), (row.mb, row.gpus))
         return best
 
     @property

@@ -79,13 +79,17 @@ class Idle(msgspec.Struct, frozen=True):
 
 class Movable(msgspec.Struct, frozen=True):
     """A busy instance that could go on at `to`, `seconds` from now: started there, then handed over. With no room
-    for it anywhere `to` is empty and `seconds` infinite."""
+    for it anywhere `to` is empty and `seconds` infinite. It would take `takes` of the `room` of `place`, which others
+    may want as well: MiB and accelerators of a node, or slots of an instance."""
 
     instance: str
     memory_mb: int
     gpus: int
     to: str
     seconds: float
+    place: str = ""
+    takes: tuple[int, int] = (0, 0)
+    room: tuple[int, int] = (0, 0)
 
 
 def nothing(_limit: float = inf) -> tuple[()]:
@@ -306,32 +310,74 @@ def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
 def cheapest_moves(node: Candidate, costs: Costs = DEFAULT, limit: float = inf) -> tuple[Movable, ...]:
     """Whom to move away, of those that take less than `limit` seconds; empty: that would not be enough."""
     parts = sorted(node.movable(limit), key=lambda item: item.instance)
-    if not parts:
-        return ()
-    return cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
+    while parts:
+        chosen = cheapest(parts, node.missing_mb, node.missing_gpus, lambda item: costs.move + item.seconds)
+        left_over = _without_room(chosen) if len(chosen) > 1 else None
+        if left_over is None:
+            return chosen
+        parts.remove(left_over)
+    return ()
+
+
+def _without_room(chosen: Sequence[Movable]) -> Movable | None:
+    """The first for which those before it leave no room where it is to go."""
+    taken: dict[str, tuple[int, int]] = {}
+    for item in chosen:
+        before = taken.get(item.place, (0, 0))
+        after = taken[item.place] = (before[0] + item.takes[0], before[1] + item.takes[1])
+        if after[0] > item.room[0] or after[1] > item.room[1]:
+            return item
+    return None
 
 
 def cheapest(parts: Sequence[P], mb: int, gpus: int, cost_of: Callable[[P], float]) -> tuple[P, ...]:
-    """The cheapest set that gives back that much, the first among equals; empty: none does.
+    """The cheapest set that gives back that much, the first among equals, one part rather than several; empty: none
+    does. Costs are not below 0.
 
-    One that is enough alone is preferred; else dynamic programming over what is still missing: states that another
-    beats in every way are dropped, and what is more than enough counts as enough, so there are few.
+    Dynamic programming over what is still missing, in which what is more than enough counts as enough. Exact as long
+    as no more than STATES are left after those are dropped that another is no worse than in any way.
     """
     order = sorted(parts, key=cost_of)
-    for part in order:
-        if part.memory_mb >= mb and part.gpus >= gpus:
-            return (part,)
+    alone = next((k for k, part in enumerate(order) if part.memory_mb >= mb and part.gpus >= gpus), len(order))
+    if alone < min(2, len(order)):
+        return (order[alone],)  # two others cost as much at least
+    found: tuple[P, ...] = ()
+    best = inf
+    if alone < len(order):
+        found, best = (order[alone],), cost_of(order[alone])
+        if best <= cost_of(order[0]) + cost_of(order[1]):
+            return found
     states: dict[tuple[int, int], tuple[float, tuple[P, ...]]] = {(max(0, mb), max(0, gpus)): (0.0, ())}
     for part in order:
         more = cost_of(part)
+        if more >= best:
+            break  # no set with it, or with what comes after it, is cheaper
         for (need_mb, need_gpus), (cost, chosen) in list(states.items()):
             left = (max(0, need_mb - part.memory_mb), max(0, need_gpus - part.gpus))
-            if left != (need_mb, need_gpus) and (left not in states or cost + more < states[left][0]):
+            if cost + more >= best or left == (need_mb, need_gpus):
+                continue
+            if left == (0, 0):
+                found, best = (*chosen, part), cost + more
+            elif left not in states or cost + more < states[left][0]:
                 states[left] = (cost + more, (*chosen, part))
         if len(states) > STATES:
-            kept = sorted(states.items(), key=lambda item: (item[0][1], item[0][0], item[1][0]))[:STATES]
-            states = dict(kept)
-    return states.get((0, 0), (0.0, ()))[1]
+            states = _best_states(states)
+    return found
+
+
+def _best_states(
+    states: dict[tuple[int, int], tuple[float, tuple[P, ...]]],
+) -> dict[tuple[int, int], tuple[float, tuple[P, ...]]]:
+    """Without those that another is no worse than in any way; of the rest, the STATES that miss least."""
+    least: dict[int, int] = {}
+    """By GPUs that are missing, the fewest MiB at any cost so far: they are gone through by cost."""
+    kept = []
+    for (mb, gpus), (cost, chosen) in sorted(states.items(), key=lambda item: (item[1][0], item[0])):
+        if all(mb < known for count, known in least.items() if count <= gpus):
+            least[gpus] = mb
+            kept.append(((mb, gpus), (cost, chosen)))
+    kept.sort(key=lambda item: (item[0][1], item[0][0], item[1][0]))
+    return dict(kept[:STATES])
 
 
 def no_room(nodes: Sequence[Candidate]) -> Full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -187,3 +188,62 @@ def test_an_explanation_names_the_ways_that_lost():
     choice = place([nodes[2], node("d", 2.0)])
     assert isinstance(choice, placement.Placed)
     assert choice.why.endswith("; 1 without room; not eviction on c 3.20 s")
+
+
+parts = st.lists(
+    st.builds(
+        lambda number, mb, gpus, cost: Idle(f"i{number}", mb, 0.0, gpus, rests=cost),
+        st.integers(0, 10**6),
+        st.integers(0, 50),
+        st.integers(0, 3),
+        st.integers(0, 20).map(float),
+    ),
+    max_size=6,
+)
+
+
+@given(parts, st.integers(0, 120), st.integers(0, 6))
+def test_no_set_of_parts_that_is_enough_is_cheaper(found, mb, gpus):
+    """All sets of up to six are tried."""
+
+    def cost(chosen) -> float:
+        return sum(item.rests for item in chosen)
+
+    def enough(chosen) -> bool:
+        return sum(item.memory_mb for item in chosen) >= mb and sum(item.gpus for item in chosen) >= gpus
+
+    sets = [chosen for size in range(1, len(found) + 1) for chosen in combinations(found, size) if enough(chosen)]
+    chosen = placement.cheapest(found, mb, gpus, lambda item: item.rests)
+    assert bool(chosen) == bool(sets)
+    if sets:
+        assert enough(chosen)
+        assert cost(chosen) == min(map(cost, sets))
+        assert len(set(chosen)) == len(chosen) or len(set(found)) < len(found)
+
+
+def test_two_that_are_cheaper_together_go_instead_of_one_that_is_enough():
+    few = (Idle("big", 200, 0.0, rests=9.0), Idle("one", 100, 0.0, rests=2.0), Idle("two", 100, 0.0, rests=3.0))
+    chosen = placement.cheapest(few, 200, 0, lambda item: item.rests)
+    assert [item.instance for item in chosen] == ["one", "two"]
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=20, max_size=40))
+def test_many_different_parts_are_enough_when_all_of_them_are(sizes):
+    few = [Idle(f"i{number}", mb, 0.0, rests=float(mb % 7)) for number, mb in enumerate(sizes)]
+    chosen = placement.cheapest(few, sum(sizes) // 2, 0, lambda item: item.rests)
+    assert sum(item.memory_mb for item in chosen) >= sum(sizes) // 2
+
+
+def test_two_do_not_move_to_where_there_is_room_for_one():
+    """Then another goes, or none."""
+
+    def movable(name: str, seconds: float, place: str, room: int) -> Movable:
+        return Movable(name, 100, 0, place, seconds, place, (100, 0), (room, 0))
+
+    first, second, third = movable("i", 1.0, "x", 150), movable("j", 1.1, "x", 150), movable("k", 2.0, "y", 150)
+    full = node("a", need=200, free=0, movable=lambda _limit: [first, second, third])
+    assert placement.cheapest_moves(full) == (first, third)
+    full = node("a", need=200, free=0, movable=lambda _limit: [first, second])
+    assert placement.cheapest_moves(full) == ()
+    roomy = [movable("i", 1.0, "x", 200), movable("j", 1.1, "x", 200)]
+    assert placement.cheapest_moves(node("a", need=200, free=0, movable=lambda _limit: roomy)) == tuple(roomy)
