@@ -11,24 +11,52 @@ from sllm_faas.cli import output
 from sllm_faas.cli.api import path
 from sllm_faas.cli.common import Session, client_command
 
+ROWS = 50
+"""Instances that a frame of `--watch` lists."""
+
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Show it anew every second until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show it anew every second, with a row per instance, until Ctrl-C.")
 @client_command(reads=True)
 def status(session: Session, watch: bool) -> None:
     """Show what runs, where and since when."""
     with session.api() as api:
         while True:
             found = api.get(path("status"))
+            instances = api.get(path("instances"))["instances"] if watch and not session.json else []
             if watch:
                 click.clear()
             if session.json:
                 output.emit_json(found)
             else:
                 _show(api.server, found)
+                _show_instances(instances)
             if not watch:
                 return
             time.sleep(1.0)
+
+
+def _show_instances(instances: list[dict[str, Any]]) -> None:
+    if not instances:
+        return
+    click.echo()
+    output.table(
+        ["instance of", "node", "state", "started from", "age", "in flight"],
+        [
+            (
+                f"{item['app']}/{item['function']}@{item['version']}",
+                item["node"],
+                item["state"],
+                item["warmth"],
+                output.duration(item["age"]),
+                f"{item['running']}/{item['concurrency']}",
+            )
+            for item in sorted(instances, key=lambda item: (-item["running"], item["age"], item["instance"]))[:ROWS]
+        ],
+        "",
+    )
+    if len(instances) > ROWS:
+        click.echo(f"and {len(instances) - ROWS} more: `sllm ps` lists all.")
 
 
 def _show(server: str, found: dict[str, Any]) -> None:

@@ -158,20 +158,21 @@ def test_an_invocation_says_why_its_instance_was_placed_where_it_was(sllm: Run, 
     assert "i-2" not in out
 
 
+STATUS = {
+    "controller": {"life": "x", "uptime": 61.0, "pid": 5, "version": "0.1.0"},
+    "counts": {"nodes": 2, "nodes_lost": 1, "gateways": 2, "running": 4, "waiting": 1,
+               "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}},
+    "apps": APPS["apps"],
+    "nodes": [{**NODE, "running": 4, "resident": []}],
+    "queues": [{"target": "demo/square@3", "waiting": 1, "running": 4, "desired": 5, "blocked": "no room yet",
+                "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}}],
+    "moving": 2,
+    "storage": {"ok": False, "error": "disk full"},
+}  # fmt: skip
+
+
 def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:
-    fake.answers["GET /v1/status"] = Answer(
-        body={
-            "controller": {"life": "x", "uptime": 61.0, "pid": 5, "version": "0.1.0"},
-            "counts": {"nodes": 2, "nodes_lost": 1, "gateways": 2, "running": 4, "waiting": 1,
-                       "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}},
-            "apps": APPS["apps"],
-            "nodes": [{**NODE, "running": 4, "resident": []}],
-            "queues": [{"target": "demo/square@3", "waiting": 1, "running": 4, "desired": 5, "blocked": "no room yet",
-                        "instances": {"requested": 0, "starting": 1, "ready": 3, "draining": 0}}],
-            "moving": 2,
-            "storage": {"ok": False, "error": "disk full"},
-        }
-    )  # fmt: skip
+    fake.answers["GET /v1/status"] = Answer(body=STATUS)
     code, out, _ = sllm("status")
     assert code == 0
     for text in (
@@ -185,6 +186,52 @@ def test_status_shows_the_platform_at_a_glance(sllm: Run, fake: Any) -> None:
         "demo",
     ):
         assert text in out
+    assert "demo/square@3" in out
+    assert "instance of" not in out
+
+
+def frames(monkeypatch: pytest.MonkeyPatch, count: int, between: Callable[[], None] = lambda: None) -> None:
+    """`--watch` shows so many, without waiting, and is stopped by Ctrl-C."""
+    left = [count]
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 1.0
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        between()
+
+    monkeypatch.setattr("sllm_faas.cli.status.time.sleep", sleep)
+
+
+def test_status_is_watched_with_a_row_per_instance(sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers["GET /v1/status"] = Answer(body=STATUS)
+
+    def changes() -> None:
+        draining = {**INSTANCE, "state": "draining", "running": 0}
+        fake.answers["GET /v1/instances"] = Answer(body={"instances": [draining]})
+
+    frames(monkeypatch, 2, changes)
+    code, out, _ = sllm("status", "--watch")
+    assert code == 130
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert rows.count("INSTANCE OF NODE STATE STARTED FROM AGE IN FLIGHT") == 2
+    assert rows.index("demo/square@3 node-0 ready libs 5.0 s 1/4") < rows.index(
+        "demo/square@3 node-0 draining libs 5.0 s 0/4"
+    )
+
+
+def test_a_watched_status_lists_the_busiest_of_many_instances(
+    sllm: Run, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [{**INSTANCE, "instance": f"i-{n}", "function": f"f{n}", "running": n} for n in range(60)]
+    fake.answers["GET /v1/status"] = Answer(body=STATUS)
+    fake.answers["GET /v1/instances"] = Answer(body={"instances": many})
+    frames(monkeypatch, 1)
+    _, out, _ = sllm("status", "--watch")
+    assert "demo/f59@3" in out
+    assert "demo/f9@3" not in out
+    assert "and 10 more" in out
 
 
 def test_history_names_what_serves_and_what_failed(sllm: Run) -> None:
