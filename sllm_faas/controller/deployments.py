@@ -38,6 +38,10 @@ class Deployments:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.state = ledger.state
+        self._checking = {
+            (app.name, version.number) for app, version in ledger.versions() if version.state == "checking"
+        }
+        """Those whose state was that when it was last looked at."""
 
     # -- registered and checked ------------------------------------------------------------------------------
 
@@ -59,6 +63,7 @@ class Deployments:
 
     def _assign_check(self, version: Version) -> None:
         """Hand the check to the node with the fewest instances; it waits when there is none."""
+        self._checking.add((version.app, version.number))
         nodes = self.ledger.open_nodes() or [node for node in self.state.nodes.values() if node.state == "up"]
         if not nodes:
             version.check_node = ""
@@ -74,8 +79,11 @@ class Deployments:
 
     def reassign_checks(self, node: str | None) -> None:
         """`node` is gone, or None: one has come, for the checks that wait."""
-        for _, version in list(self.ledger.versions()):
-            if version.state == "checking" and version.check_node == (node or ""):
+        for app, number in sorted(self._checking):
+            version = self.ledger.version(app, number)
+            if version is None or version.state != "checking":
+                self._checking.discard((app, number))
+            elif version.check_node == (node or ""):
                 self._assign_check(version)
 
     def give_up(self, version: Version) -> None:
