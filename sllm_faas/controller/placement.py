@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
+from operator import itemgetter
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -31,7 +32,7 @@ from sllm_faas.controller.estimate import Estimate
 from sllm_faas.controller.service_times import SlotWait
 
 SHOWN = 5
-LOST = 3
+LOST = 2
 """Ways other than the winner that its explanation names, the nearest to it."""
 MOVES = 4
 """Nodes, the cheapest, that are asked what could move away from them: that is the dearest question."""
@@ -195,8 +196,6 @@ class Full:
     again: float = AGAIN
     hint: str = ""
     """What would help."""
-    node: str = ""
-    """Where room is awaited."""
     own_slot: bool = False
     """It waits for a slot of its own instances."""
     stuck: bool = False
@@ -245,7 +244,7 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
     )
     fitting = [(total, node) for _, _, _, total, node in ranked if node.fits()]
     left = best = fitting[0][0] if fitting else inf
-    way: Callable[[], Evict | Move | Full] | None = None
+    way: Callable[[str], Evict | Move | Full] | None = None
     """To be put into words if it wins."""
     ways: list[tuple[float, str, str]] = []
     """All that were considered: seconds with harm, what, and the node."""
@@ -275,10 +274,9 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
                 way, best, harms = partial(_move, node, moves), cost, True
     if way is None:
         return _placed([node for _, node in fitting], len(nodes), ways) if fitting else no_room(nodes)
-    choice = way()
-    ways += [(total, "a start on", node.name) for total, node in fitting[:1]]
-    if len(ways) > 1:
-        choice = replace(choice, why=choice.why + _lost([lost for lost in ways if lost[2] != choice.node]))
+    if fitting:
+        ways.append((left, "a start on", fitting[0][1].name))
+    choice = way(_lost(ways, 1) if len(ways) > 1 else "")
     if harms and not fitting and (slot := own_slot()) is not None and slot.waited + slot.seconds < best:
         return _wait_for_slot(slot, best, choice)
     if fitting and left - best < choice.again:
@@ -338,7 +336,11 @@ def cheapest(parts: Sequence[P], mb: int, gpus: int, cost_of: Callable[[P], floa
     as no more than STATES are left after those are dropped that another is no worse than in any way.
     """
     order = sorted(parts, key=cost_of)
-    alone = next((k for k, part in enumerate(order) if part.memory_mb >= mb and part.gpus >= gpus), len(order))
+    alone = 0
+    for part in order:
+        if part.memory_mb >= mb and part.gpus >= gpus:
+            break
+        alone += 1
     if alone < min(2, len(order)):
         return (order[alone],)  # two others cost as much at least
     found: tuple[P, ...] = ()
@@ -403,10 +405,14 @@ def _gpus(count: int) -> str:
     return f"{count} GPU{'s' * (count > 1)}"
 
 
-def _lost(ways: Sequence[tuple[float, str, str]]) -> str:
-    """The ways that lost, in words."""
-    text = ", ".join(f"{what} {node} {seconds:.2f} s" for seconds, what, node in sorted(ways)[:LOST])
-    return f"; not {text}" if text else ""
+def _lost(ways: Sequence[tuple[float, str, str]], won: int = 0) -> str:
+    """The ways that lost, in words; the first `won`, of equals the first considered, did not."""
+    if len(ways) <= won:
+        return ""
+    found = [
+        f"{what} {node} {seconds:.2f} s" for seconds, what, node in sorted(ways, key=itemgetter(0))[won : won + LOST]
+    ]
+    return "; not " + ", ".join(found)
 
 
 def _placed(fitting: Sequence[Candidate], total: int, ways: Sequence[tuple[float, str, str]]) -> Placed:
@@ -415,8 +421,8 @@ def _placed(fitting: Sequence[Candidate], total: int, ways: Sequence[tuple[float
     return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting), tuple(ways))
 
 
-def _wait(node: Candidate) -> Full:
-    return Full(f"waits for memory that is being freed on {node.name}", node=node.name)
+def _wait(node: Candidate, lost: str) -> Full:
+    return Full(f"waits for memory that is being freed on {node.name}{lost}")
 
 
 def _wait_for_slot(slot: SlotWait, best: float, other: Choice) -> Full:
@@ -424,22 +430,23 @@ def _wait_for_slot(slot: SlotWait, best: float, other: Choice) -> Full:
     return Full(why, again=max(LEAST, slot.seconds), own_slot=True)
 
 
-def _evict(node: Candidate, idle: Sequence[Idle]) -> Evict | Full:
+def _evict(node: Candidate, idle: Sequence[Idle], lost: str) -> Evict | Full:
     chosen = tuple(item.instance for item in sorted(idle, key=lambda item: (-item.seconds, item.instance)))
     rest = max(item.rests for item in idle)
     if rest > 0:
-        why = f"waits until instances on {node.name} have served for a while and may go"
-        return Full(why, again=rest, node=node.name)
+        why = f"waits until instances on {node.name} have served for a while and may go{lost}"
+        return Full(why, again=rest)
     room = f"{node.need_mb} MiB" + (f" and {_gpus(node.need_gpus)}" if node.need_gpus else "")
     claimed = any(item.claimed for item in idle)
     which = "of an app above its share" if claimed else "idle"
-    return Evict(node.name, chosen, f"{node.name}: stops {len(chosen)} {which} to free {room}, then {node.estimate}")
+    why = f"{node.name}: stops {len(chosen)} {which} to free {room}, then {node.estimate}{lost}"
+    return Evict(node.name, chosen, why)
 
 
-def _move(node: Candidate, moves: Sequence[Movable]) -> Move:
+def _move(node: Candidate, moves: Sequence[Movable], lost: str) -> Move:
     text = ", ".join(f"{item.instance} to {item.to} in {item.seconds:.2f} s" for item in moves)
     return Move(
         node.name,
         tuple((item.instance, item.to) for item in moves),
-        f"{node.name}: moves {text}, then {node.estimate}",
+        f"{node.name}: moves {text}, then {node.estimate}{lost}",
     )

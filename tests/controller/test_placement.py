@@ -68,7 +68,7 @@ def test_as_few_idle_as_possible_go_the_longest_idle_first():
 def test_memory_that_is_being_freed_is_waited_for():
     """Evicting more while a drain is under way would stop instances for nothing."""
     choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),))])
-    assert choice == Full("waits for memory that is being freed on a", node="a")
+    assert choice == Full("waits for memory that is being freed on a")
 
 
 def test_a_node_that_must_evict_much_loses_to_one_nearly_as_fast_that_need_not():
