@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.wire.messages import (
@@ -18,32 +18,27 @@ from sllm_faas.wire.messages import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SendStart:
+class SendStart(msgspec.Struct, frozen=True):
     node: str
     body: Start
 
 
-@dataclass(frozen=True, slots=True)
-class SendHasten:
+class SendHasten(msgspec.Struct, frozen=True):
     node: str
     body: Hasten
 
 
-@dataclass(frozen=True, slots=True)
-class SendStop:
+class SendStop(msgspec.Struct, frozen=True):
     node: str
     body: Stop
 
 
-@dataclass(frozen=True, slots=True)
-class SendCheck:
+class SendCheck(msgspec.Struct, frozen=True):
     node: str
     body: Check
 
 
-@dataclass(frozen=True, slots=True)
-class PublishFunctions:
+class PublishFunctions(msgspec.Struct, frozen=True):
     """The app's routes are exactly these from now on; `gone` are names that were there before."""
 
     app: str
@@ -51,41 +46,35 @@ class PublishFunctions:
     gone: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PublishNode:
+class PublishNode(msgspec.Struct, frozen=True):
     info: NodeInfo
 
 
-@dataclass(frozen=True, slots=True)
-class WithdrawNode:
+class WithdrawNode(msgspec.Struct, frozen=True):
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class FailTarget:
+class FailTarget(msgspec.Struct, frozen=True):
     gateways: tuple[str, ...]
     body: TargetFailed
 
 
-@dataclass(frozen=True, slots=True)
-class StoreActivation:
+class StoreActivation(msgspec.Struct, frozen=True):
     """Commit the switch, then answer with VersionActivated, or VersionRefused."""
 
     app: str
     number: int
-    digests: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = msgspec.field(default_factory=dict)
+    sizes: dict[str, int] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class StoreFailure:
+class StoreFailure(msgspec.Struct, frozen=True):
     app: str
     number: int
     error: ErrorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(msgspec.Struct, frozen=True):
     """For people who watch a deployment."""
 
     app: str
@@ -94,8 +83,7 @@ class Advance:
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DeployEnded:
+class DeployEnded(msgspec.Struct, frozen=True):
     """`serving` is the version that serves now; another one than `number` when nothing had changed."""
 
     app: str
@@ -104,16 +92,14 @@ class DeployEnded:
     error: ErrorInfo | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetVersions:
+class ForgetVersions(msgspec.Struct, frozen=True):
     """Nothing needs them any more: neither history nor an instance."""
 
     app: str
     numbers: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StartEnded:
+class StartEnded(msgspec.Struct, frozen=True):
     """A start came to its end: predicted beside actual, in seconds. `outcome`: ready, failed, stopped or lost."""
 
     instance: str
@@ -123,14 +109,12 @@ class StartEnded:
     actual: float
 
 
-@dataclass(frozen=True, slots=True)
-class SendMigrate:
+class SendMigrate(msgspec.Struct, frozen=True):
     node: str
     body: Migrate
 
 
-@dataclass(frozen=True, slots=True)
-class MoveEnded:
+class MoveEnded(msgspec.Struct, frozen=True):
     """How the move of an invocation ended, whoever wanted it. `request`: of the MigrationAsked that did, if one did;
     `result` is None when it never began, and `why` says why."""
 

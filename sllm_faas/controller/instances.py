@@ -115,6 +115,7 @@ class Instances:
             memory_mb=spec.memory_mb if spec else UNKNOWN_MEMORY,
             digest=digest,
             size=self.state.sizes.get(digest, 0),
+            gpus=spec.gpus if spec else 0,
             why="found running",
             adopted=True,
             ready=self.ledger.now if state == "ready" else None,

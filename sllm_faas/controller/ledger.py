@@ -96,7 +96,7 @@ class Ledger:
         """Of a start that was commanded for this event."""
         for index, command in enumerate(self._commands):
             if isinstance(command, SendStart) and command.body.instance == instance:
-                self._commands[index] = replace(command, body=replace(command.body, predicted=predicted))
+                self._commands[index] = SendStart(command.node, replace(command.body, predicted=predicted))
 
     def end(self) -> list[Command]:
         """What was commanded since `begin`, in order."""

@@ -20,7 +20,7 @@ there were and why the winner won; that is put into words only when somebody ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from operator import itemgetter
@@ -135,8 +135,7 @@ class Candidate(msgspec.Struct, frozen=True):
         return self.need_gpus - self.free_gpus - self.freeing_gpus
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(msgspec.Struct, frozen=True):
     """`others` are the next best with room, `more` the number of those beyond, `full` the nodes without; `ways`: what
     was considered there, as seconds with harm, what, and the node."""
 
@@ -157,8 +156,7 @@ class Placed:
         return text + (f"; {self.full} without room" if self.full else "") + _lost(self.ways)
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(msgspec.Struct, frozen=True):
     """Stop these, then place again. `drain`: as in wire.messages.Stop; `again`: seconds after which, though no room has
     appeared, the choice is made anew."""
 
@@ -173,8 +171,7 @@ class Evict:
         return f"stopping {len(self.instances)} on {self.node}"
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """Start each of these anew at its second, hand it over, then place again."""
 
     node: str
@@ -187,8 +184,7 @@ class Move:
         return f"moving {len(self.moves)} away from {self.node}"
 
 
-@dataclass(frozen=True, slots=True)
-class Full:
+class Full(msgspec.Struct, frozen=True):
     """No room now; `never`: no node is big enough, waiting is of no use."""
 
     why: str
@@ -281,7 +277,7 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
         return _wait_for_slot(slot, best, choice)
     if fitting and left - best < choice.again:
         # A place that is there was left for this one; queues shorten by a second per second, so it may be better then.
-        choice = replace(choice, again=max(LEAST, left - best))
+        choice = msgspec.structs.replace(choice, again=max(LEAST, left - best))
     return choice
 
 
