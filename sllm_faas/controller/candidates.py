@@ -469,6 +469,8 @@ class Candidates:
     def _refresh(self) -> None:
         """Take in what changed since the last look."""
         stale, renewed = self.ledger.where.take_stale()
+        if not stale:
+            return  # what is renewed is stale too
         for name in renewed:
             self._facts.pop(name, None)
         nodes, put = self.state.nodes, self._free.put

@@ -42,6 +42,8 @@ class Deployments:
             (app.name, version.number) for app, version in ledger.versions() if version.state == "checking"
         }
         """Those whose state was that when it was last looked at."""
+        self._warming = sum(version.state == "warming" for _, version in ledger.versions())
+        """How many are: nearly always none."""
 
     # -- registered and checked ------------------------------------------------------------------------------
 
@@ -180,8 +182,9 @@ class Deployments:
         self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))
 
     def _move_version(self, version: Version, event: str) -> None:
-        name = f"version {version.app}@{version.number}"
-        version.state = cast(VersionState, tables.move(tables.VERSION, name, version.state, event))
+        name, before = f"version {version.app}@{version.number}", version.state
+        version.state = cast(VersionState, tables.move(tables.VERSION, name, before, event))
+        self._warming += (version.state == "warming") - (before == "warming")
 
     def _trim_history(self, app: App) -> None:
         used = {i.target.version for i in self.state.instances.values() if i.target.app == app.name}
@@ -251,7 +254,7 @@ class Deployments:
 
     def check_warm(self, key: str) -> None:
         """Called after a target was reconciled: it may have been the last its version waited for."""
-        record = self.state.targets.get(key)
+        record = self.state.targets.get(key) if self._warming else None
         if record is not None:
             version = self.ledger.version(record.target.app, record.target.version)
             if version is not None and version.state == "warming":

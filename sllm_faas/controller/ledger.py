@@ -421,8 +421,11 @@ class Ledger:
 
     def load(self, key: str) -> tuple[int, int]:
         """(waiting, running) over all gateways."""
+        owners = self._demand.get(key)
+        if owners is None:
+            return 0, 0
         waiting = running = 0
-        for item in self._demand.get(key, {}).values():
+        for item in owners.values():
             waiting += item.waiting
             running += item.running
         return waiting, running
