@@ -288,8 +288,13 @@ def ever_cached(book: Mapping[str, float], digest: str) -> bool:
 
 def is_cached(book: Mapping[str, float], node: str, digest: str, full: bool) -> bool:
     """Whether the node's page cache nearly always has it: if so with room, then without."""
-    keys = [_cached_key(node, digest, each) for each in {False, full}]
-    return any(book.get(key, 0.0) > OFTEN and book[f"#{key}"] >= SEEN for key in keys)
+    return _nearly_always(book, _cached_key(node, digest, False)) or (
+        full and _nearly_always(book, _cached_key(node, digest, True))
+    )
+
+
+def _nearly_always(book: Mapping[str, float], key: str) -> bool:
+    return book.get(key, 0.0) > OFTEN and book[f"#{key}"] >= SEEN
 
 
 def _cached_key(node: str, digest: str, full: bool) -> str:

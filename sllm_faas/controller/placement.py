@@ -435,7 +435,7 @@ def _evict(node: Candidate, idle: Sequence[Idle], lost: str) -> Evict | Full:
     room = f"{node.need_mb} MiB" + (f" and {_gpus(node.need_gpus)}" if node.need_gpus else "")
     claimed = any(item.claimed for item in idle)
     which = "of an app above its share" if claimed else "idle"
-    why = f"{node.name}: stops {len(chosen)} {which} to free {room}, then {node.estimate}{lost}"
+    why = f"{node.name}: stops {len(chosen)} {which} to free {room}, then {node.estimate.total:.2f} s{lost}"
     return Evict(node.name, chosen, why)
 
 
