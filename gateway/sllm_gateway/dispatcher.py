@@ -43,10 +43,9 @@ from sllm_gateway.moves import objection
 from sllm_gateway.rpc import Link, Rpc
 from sllm_gateway.targets import Targets
 
-REFUSAL_PAUSE = 0.05
-"""Seconds for which an instance that refused without a new grant is left alone."""
-SUSPICION = 10.0
-"""Seconds for which an instance that fell silent is: longer than its invoker takes to kill it, if it is frozen."""
+REFUSAL_PAUSE, SUSPICION = 0.05, 10.0
+"""Seconds for which an instance that refused without a new grant is left alone; and one that fell silent, longer
+than its invoker takes to kill it if it is frozen."""
 _RETRYABLE = frozenset({"function_error", "worker_lost"})
 _OF_INVOCATIONS = frozenset({Type.OUTPUT, Type.DONE, Type.FAILED, Type.CANCELLED, Type.REFUSED, Type.MOVED})
 _IN_FLIGHT = (State.DISPATCHED, State.STREAMING)
@@ -64,9 +63,8 @@ class Adopter(Protocol):
 class Dispatcher:
     """`on_ended(handle)` sees every invocation once, when its caller's answer is settled.
 
-    `name` is the gateway's, by which the controller names it in routes.
-    `on_routes(table)` sees every change of the table. `drops` counts frames that were not believed, by reason;
-    `resumes` what went on elsewhere after a loss, by its cause; `moves` the offers of a move, by what came of them.
+    `name`: the gateway's, in routes. `on_routes(table)` sees every change of the table. `drops` counts frames that were
+    not believed, by reason; `resumes` what went on elsewhere after a loss, by its cause; `moves` the offers of a move.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
 from sllm_faas.wire.messages import Hasten
 from tests.controller.fakes import app, function
-from tests.controller.test_machine import F, deliver, deploy, settle, world
+from tests.controller.story import F, deliver, deploy, settle, world
 from tests.controller.world import World
 
 

@@ -8,7 +8,7 @@ from sllm_faas.controller.model import key_of
 from sllm_faas.spec import CheckpointSpec, Target
 from sllm_faas.wire.messages import NodeStats
 from tests.controller.fakes import app, function
-from tests.controller.test_machine import deliver, deploy, settle, world
+from tests.controller.story import deliver, deploy, settle, world
 from tests.controller.world import DIGEST, World
 
 F, G = Target("app", "f", 1), Target("app", "g", 1)

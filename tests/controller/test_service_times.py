@@ -18,7 +18,7 @@ from sllm_faas.controller.views import Views
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import TargetDemand
 from tests.controller.fakes import app, function
-from tests.controller.test_machine import deliver, deploy, world
+from tests.controller.story import deliver, deploy, world
 from tests.controller.test_residency import START, pass_time
 from tests.controller.world import World
 

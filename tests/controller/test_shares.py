@@ -13,7 +13,7 @@ from sllm_faas.controller.shares import Shares
 from sllm_faas.spec import Target
 from sllm_faas.wire.messages import NodeInfo
 from tests.controller.fakes import app, function
-from tests.controller.test_machine import deliver, deploy, settle, world
+from tests.controller.story import deliver, deploy, settle, world
 from tests.controller.world import ModelNode, World
 
 A, B = Target("a", "f", 1), Target("b", "f", 1)
