@@ -4,9 +4,12 @@
     computed    two invokers; the counting model, computing on this machine's cores
 
 The trace is the simulator's own (Gamma arrivals, Zipf popularity); the real run replays it through the gateway.
-Measured and handed to the simulation: the median of the instances' starts and their spread, what an answer's first
-output takes with an instance at hand, and the pace of the outputs. Compared is what follows from decisions: how long
-requests that found no instance waited for one, and how many had their first output within the limit.
+Measured and handed to the simulation: how long the instances' starts took, one by one, what an answer's first output
+takes with an instance at hand, and the pace of the outputs. Where starts compute, each core makes one at a time: then a
+start is counted from when a core was free for it, and the simulated machine has as many at once.
+Compared is what follows from decisions: how long requests that found no instance waited for one, and how many had their
+first output within the limit. The simulation draws starts by chance from those measured; its figures are of DRAWS runs
+over the same arrivals.
 """
 
 from __future__ import annotations
@@ -14,14 +17,12 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import math
 import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
 from random import Random
-from statistics import NormalDist
 from typing import Any
 
 import httpx
@@ -32,9 +33,12 @@ from sllm_faas.sim.simulation import Simulation
 from sllm_faas.sim.workload import Request, random_of, requests
 
 SEED = 11
+DRAWS = 20
 WAITED = 0.01
 """Seconds above which a request is said to have waited for an instance."""
 MIB, GB = 2**20, 1e9
+LAYERS_MB = 512
+"""Of each node, for layers of warmth: room for those there are, as the simulation supposes."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,15 @@ class Case:
     output: str
     limit: float | None
     pace: dict[str, Any]
+    at_once: int = 0
+    """Starts that the machine makes at a time; 0: they compute nothing."""
+    seconds: float = 120.0
+    """Of the trace; more where few requests find no instance."""
 
     def scenario(self, seconds: float) -> Scenario:
-        node = NodeModel(count=self.invokers, memory_gb=self.node_mb * MIB / GB)
+        node = NodeModel(
+            count=self.invokers, memory_gb=self.node_mb * MIB / GB, at_once=self.at_once, one_machine=self.at_once > 0
+        )
         function = FunctionModel(
             "model",
             count=self.functions,
@@ -74,8 +84,23 @@ PACED = Case(
     {**COMMON, "functions": 8, "memory_mb": 100, "enter": 0.8, "per_input": 0.0005, "per_output": 0.02},
 )  # fmt: skip
 COMPUTED = Case(
-    "computed", 2, 2048, 4, 1.0, 3.0, "fixed:8", "fixed:16", None, {**COMMON, "functions": 4, "memory_mb": 256}
+    "computed",
+    2,
+    2048,
+    4,
+    1.0,
+    3.0,
+    "fixed:8",
+    "fixed:16",
+    None,
+    {**COMMON, "functions": 4, "memory_mb": 256},
+    at_once=2,
+    seconds=360.0,
 )
+
+
+Interval = tuple[float, float]
+"""Begin and end, Unix time."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +140,8 @@ async def ask(client: httpx.AsyncClient, case: Case, request: Request) -> Answer
     return Answer(request, queue, first, whole)
 
 
-async def real(platform: Platform, case: Case, trace: list[Request]) -> tuple[list[Answer], list[float]]:
-    """The answers, and how long the instances' starts took."""
+async def real(platform: Platform, case: Case, trace: list[Request]) -> tuple[list[Answer], list[Interval]]:
+    """The answers, and when the instances' starts began and ended."""
     limits = httpx.Limits(max_connections=1000)
     async with httpx.AsyncClient(base_url=platform.url, headers=platform.headers, timeout=120, limits=limits) as client:
         nodes = [f"node-{number}" for number in range(case.invokers)]
@@ -138,27 +163,35 @@ async def _cordon(client: httpx.AsyncClient, node: str, closed: bool) -> None:
     (await client.post(f"/v1/nodes/{node}/{'cordon' if closed else 'uncordon'}")).raise_for_status()
 
 
-def starts(platform: Platform, since: float) -> list[float]:
-    """Seconds of the starts whose end was logged from then on."""
+def starts(platform: Platform, since: float) -> list[Interval]:
+    """The starts whose end was logged from then on, in order of their ends."""
     lines = (platform.state / "logs/platform.jsonl").read_text().splitlines()
     ready = [json.loads(line) for line in lines if '"instance_ready"' in line]
-    moment = datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat()
-    return [entry["actual"] for entry in ready if entry["time"] >= moment]
+    ends = [(datetime.datetime.fromisoformat(entry["time"]).timestamp(), entry["actual"]) for entry in ready]
+    return sorted(((end - took, end) for end, took in ends if end >= since), key=lambda each: each[1])
 
 
-def measured(case: Case, scenario: Scenario, answers: list[Answer], took: list[float]) -> Scenario:
+def lengths(intervals: list[Interval], at_once: int) -> list[float]:
+    """Seconds of each since it began and fewer than `at_once` (0: any number) of those before it were left."""
+    found: list[float] = []
+    for number, (begin, end) in enumerate(intervals):
+        free = intervals[number - at_once][1] if 0 < at_once <= number else begin
+        found.append(end - max(begin, free))
+    return found
+
+
+def measured(case: Case, scenario: Scenario, answers: list[Answer], begun: list[Interval]) -> Scenario:
     """The scenario with the constants of the real run."""
+    took, whole = lengths(begun, case.at_once), statistics.median(lengths(begun, 0))
     declared = case.pace.get("per_input", 0.0)
     at_hand = [a.ttft - a.waited - declared * a.request.input for a in answers]
     paces = [(a.whole - a.ttft) / (a.request.output - 1) for a in answers if a.request.output > 1]
-    middle = statistics.median(took)
-    jitter = max(0.0, math.log(percentile(took, 95) / middle)) / NormalDist().inv_cdf(0.95)
-    node = replace(scenario.nodes[0], container=middle, jitter=jitter)
+    node = replace(scenario.nodes[0], containers=tuple(took))
     first = max(0.0, statistics.median(at_hand))
     function = replace(
         scenario.functions[0],
         seconds=first,
-        slo_ttft=first + middle / 2 if case.limit is None else case.limit,
+        slo_ttft=first + whole / 2 if case.limit is None else case.limit,
         per_input=declared,
         per_output=statistics.median(paces),
     )
@@ -169,33 +202,37 @@ def compare(case: Case, seconds: float, report: Report) -> list[list[object]]:
     scenario = case.scenario(seconds)
     trace = list(requests(scenario, random_of(Random(SEED))))
     os.environ["SLLM_BENCH_PACE"] = json.dumps(case.pace)
-    with platform_up("--invokers", str(case.invokers), "--memory-mb", str(case.node_mb * case.invokers)) as platform:
+    memory = ("--memory-mb", case.node_mb * case.invokers, "--layers-mb", LAYERS_MB * case.invokers)
+    with platform_up("--invokers", str(case.invokers), *map(str, memory)) as platform:
         platform.sllm("deploy", str(ROOT / f"benchmarks/apps/{case.name}.py"))
         answers, took = asyncio.run(real(platform, case, trace))
     constants = measured(case, scenario, answers, took)
-    simulation = Simulation(constants, "ours", SEED)
-    result = simulation.run()
-    if result.requests != len(trace):
-        raise SystemExit(f"{len(trace)} requests were sent, {result.requests} simulated")
+    simulations = [Simulation(constants, "ours", seed, trace) for seed in range(DRAWS)]
+    results = [simulation.run() for simulation in simulations]
+    if any(result.requests != len(trace) for result in results):
+        raise SystemExit(f"{len(trace)} requests were sent, {results[0].requests} simulated")
     rows: list[list[object]] = []
     waits = {
         "real": [a.waited for a in answers if a.waited > WAITED],
-        "simulated": [value for value in simulation.samples.startup if value > WAITED],
+        "simulated": [value for one in simulations for value in one.samples.startup if value > WAITED],
     }
     limit = constants.functions[0].slo_ttft
-    kept = {"real": sum(a.ttft <= limit for a in answers) / len(answers), "simulated": result.slo or 0.0}
-    for name, cold in (("real", len(took)), ("simulated", result.cold)):
+    kept = {
+        "real": sum(a.ttft <= limit for a in answers) / len(answers),
+        "simulated": statistics.fmean(result.slo or 0.0 for result in results),
+    }
+    for name, cold, runs in (("real", len(took), 1), ("simulated", sum(r.cold for r in results) / DRAWS, DRAWS)):
         quantiles = [percentile(waits[name], q) for q in (50, 95)]
         figures = [*(f"{1e3 * q:.0f}" for q in quantiles), f"{100 * kept[name]:.1f} %"]
-        rows.append([case.name, name, len(trace), cold, len(waits[name]), *figures])
+        rows.append([case.name, name, len(trace), round(cold), round(len(waits[name]) / runs), *figures])
     for q in (50, 95):
         ours, theirs = percentile(waits["simulated"], q), percentile(waits["real"], q)
         report.at_most(f"{case.name}: start-up p{q}, simulated against real, %", 100 * abs(ours / theirs - 1), 10)
     gap = 100 * abs(kept["real"] - kept["simulated"])
     report.at_most(f"{case.name}: SLO attainment apart, points", gap, 2)
     node, function = constants.nodes[0], constants.functions[0]
-    report.figure(f"{case.name}: start, s", node.container)
-    report.figure(f"{case.name}: jitter", node.jitter)
+    report.figure(f"{case.name}: start p50, s", percentile(node.containers, 50))
+    report.figure(f"{case.name}: start p95, s", percentile(node.containers, 95))
     report.figure(f"{case.name}: first output, s", function.seconds)
     report.figure(f"{case.name}: per output, s", function.per_output)
     return rows
@@ -209,7 +246,7 @@ def main() -> int:
     rows = []
     for case in (PACED, COMPUTED):
         if args.case in (None, case.name):
-            rows += compare(case, 25.0 if args.quick else 120.0, report)
+            rows += compare(case, case.seconds / 5 if args.quick else case.seconds, report)
     table(["case", "run", "requests", "starts", "waited", "start-up p50 ms", "p95", "SLO"], rows)
     for name, value in report.figures.items():
         print(f"{name}: {value:g}")

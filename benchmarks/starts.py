@@ -176,7 +176,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--dump", metavar="PATH", help="write every start with its timeline")
     args = parser.parse_args()
-    count, limit = (60, 120.0) if args.quick else (240, 600.0)
+    count, limit = (60, 120.0) if args.quick else (480, 900.0)
     report = Report("starts")
     with tempfile.TemporaryDirectory() as name:
         build("110M", Path(name) / "a", variants=(Path(name) / "b",))
@@ -200,6 +200,8 @@ def main() -> int:
     print(f"\n{len(starts)} starts, the first {LEARNING} not counted")
     report.figure("error p50, ms", 1e3 * percentile([s.error for s in counted], 50))
     report.figure("error p95, ms", 1e3 * percentile([s.error for s in counted], 95))
+    report.figure("p95 of error / allowed, first half", percentile(ratio[: len(ratio) // 2], 95))
+    report.figure("p95 of error / allowed, second half", percentile(ratio[len(ratio) // 2 :], 95))
     report.at_least("starts", len(starts), 50 if args.quick else 200)
     report.at_least("starts in the exported error histogram", exported, len(starts))
     report.at_most("p95 of error / allowed", percentile(ratio, 95), 1.0)

@@ -7,6 +7,7 @@ unless the drain is over at once. The node knows nothing of other nodes and deci
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,23 @@ class Running:
         return self.start.target
 
 
+class Host:
+    """Starts processes, at most so many at once (0: any number), in the order in which they are asked for. `name`: the
+    host that its nodes tell, empty for one that is a machine by itself."""
+
+    def __init__(self, at_once: int, name: str = "") -> None:
+        self.name = name
+        self._free_at = [0.0] * at_once
+
+    def seconds(self, now: float, process: float) -> float:
+        """Until one is there that takes `process` seconds itself."""
+        if not self._free_at:
+            return process
+        ends = max(now, self._free_at[0]) + process
+        heapq.heapreplace(self._free_at, ends)
+        return ends - now
+
+
 class SimNode:
     def __init__(
         self,
@@ -55,9 +73,10 @@ class SimNode:
         samples: Samples,
         tell: Callable[[ev.Event], None],
         changed: Callable[[SimNode, Running], None],
+        host: Host,
     ) -> None:
         """`tell` reaches the controller after the messages' delay; `changed` the gateway."""
-        self.name, self.model = name, model
+        self.name, self.model, self._host = name, model, host
         self._disk = dict.fromkeys(checkpoints)
         self._dram: OrderedDict[str, int] = OrderedDict()
         self._sizes, self._clock, self._rng, self._samples = sizes, clock, rng, samples
@@ -76,6 +95,7 @@ class SimNode:
             gpus=model.gpus,
             bandwidth=bandwidth,
             checkpoints=tuple(self._disk),
+            host=self._host.name,
         )
         return ev.NodeUp(info, "1")
 
@@ -142,7 +162,8 @@ class SimNode:
         )
 
     def _was_read(self, instance: Running, tier: Tier, digest: str, size: int) -> None:
-        took, container = self._clock.now - instance.began, self._noisy(self.model.container)
+        took = self._clock.now - instance.began
+        container = self._host.seconds(self._clock.now, self._process())
         read = Span("checkpoint", 0.0, took, tier)
         instance.timeline = Timeline(0.0, (read, Span("attach", 0.0, took + container)))
         self._clock.after(container, lambda: self._is_ready(instance, digest, size))
@@ -196,6 +217,10 @@ class SimNode:
         while total > room:
             total -= self._dram.popitem(last=False)[1]
         self._tell(ev.NodeStatsSeen(self.name, NodeStats(0, 0, len(self.instances), tuple(sorted(self._dram)))))
+
+    def _process(self) -> float:
+        measured = self.model.containers
+        return self._rng.choice(measured) if measured else self._noisy(self.model.container)
 
     def _noisy(self, seconds: float) -> float:
         if not self.model.jitter:

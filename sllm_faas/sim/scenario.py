@@ -35,8 +35,14 @@ class NodeModel:
     dram: float = 20.0
     container: float = 0.05
     """Seconds to a process that can load, whatever it is to load: workers are warm."""
+    containers: tuple[float, ...] = ()
+    """Such seconds as they were measured, to be drawn from instead (empirical, by inverse CDF)."""
     jitter: float = 0.0
     """Spread of a load's or start's time around its median: standard deviation of its logarithm, so about that part."""
+    at_once: int = 0
+    """Processes that are started at the same time, the others wait for their turn; 0: any number."""
+    one_machine: bool = False
+    """All of them are on one machine, where their processes are started in turn."""
     delay: float = 0.0005
     """Seconds a message takes, each way."""
 
@@ -142,6 +148,7 @@ def check(scenario: Scenario) -> None:
         ("copies", scenario.copies, 1),
         *((f"bandwidth of {tier}", getattr(n, tier), 1e-6) for n in scenario.nodes for tier in TIERS),
         *(("count of nodes", node.count, 1) for node in scenario.nodes),
+        *(("starts at once", node.at_once, 0) for node in scenario.nodes),
         *((f"count of {f.name}", f.count, 1) for f in scenario.functions),
         *((f"time of {f.name}", min(f.seconds, f.per_input, f.per_output), 0.0) for f in scenario.functions),
         *(("rate", rate, 1e-9) for rate in scenario.rates),

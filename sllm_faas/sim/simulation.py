@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from random import Random
 
@@ -12,10 +12,10 @@ from sllm_faas.controller.state import Machine
 from sllm_faas.errors import BadRequest
 from sllm_faas.sim.clock import Clock
 from sllm_faas.sim.gateway import NAME, SimGateway
-from sllm_faas.sim.node import SimNode
+from sllm_faas.sim.node import Host, SimNode
 from sllm_faas.sim.policies import ANEW, MOVING, POLICIES, SEES_BUSY
 from sllm_faas.sim.results import Result, Samples, summary
-from sllm_faas.sim.scenario import GB, FunctionModel, Scenario, check
+from sllm_faas.sim.scenario import GB, FunctionModel, NodeModel, Scenario, check
 from sllm_faas.sim.workload import Request, expand, random_of, requests
 from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, Scaling, Target, digest
 
@@ -27,14 +27,18 @@ APP = "app"
 
 
 class Simulation:
-    def __init__(self, scenario: Scenario, policy: str = "ours", seed: int = 0) -> None:
-        """Raises BadRequest for a scenario or a policy that cannot be."""
+    def __init__(
+        self, scenario: Scenario, policy: str = "ours", seed: int = 0, arrivals: Iterable[Request] | None = None
+    ) -> None:
+        """`arrivals`, in order, instead of those that the scenario and the seed would give. Raises BadRequest for a
+        scenario or a policy that cannot be."""
         if policy not in POLICIES:
             raise BadRequest(f"policy {policy!r} is unknown; allowed: {', '.join(POLICIES)}")
         check(scenario)
         self.scenario, self.policy, self.seed = scenario, policy, seed
         rng = Random(seed)  # noqa: S311 - a model of chance, not a secret
-        self._arrivals: Iterator[Request] = requests(scenario, random_of(rng))
+        drawn = requests(scenario, random_of(rng))
+        self._arrivals: Iterator[Request] = drawn if arrivals is None else iter(arrivals)
         self.clock, self.samples = Clock(), Samples()
         migrate = scenario.migrate
         chosen = POLICIES[policy](random_of(rng))
@@ -105,7 +109,12 @@ class Simulation:
 
     def _joined(self, rng: Random, sizes: dict[str, int]) -> dict[str, SimNode]:
         scenario, nodes = self.scenario, {}
-        models = [model for model in scenario.nodes for _ in range(model.count)]
+        models: list[NodeModel] = []
+        hosts: list[Host] = []
+        for group, model in enumerate(scenario.nodes):
+            shared = Host(model.at_once, f"machine-{group}") if model.one_machine else None
+            models += [model] * model.count
+            hosts += [shared or Host(model.at_once) for _ in range(model.count)]
         held: list[list[str]] = [[] for _ in models]
         for number, name in enumerate(sizes):
             if scenario.placement == "everywhere":
@@ -129,6 +138,7 @@ class Simulation:
                 self.samples,
                 self._tell,
                 lambda node, instance: self.gateway.instance_changed(node, instance),
+                hosts[number],
             )
         return nodes
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from sllm_faas.errors import BadRequest
 from sllm_faas.sim import presets, scenario
+from sllm_faas.sim.node import Host
 from sllm_faas.sim.policies import POLICIES
 from sllm_faas.sim.results import percentile, summary
 from sllm_faas.sim.scenario import FunctionModel, LoadModel, NodeModel, Scenario
 from sllm_faas.sim.simulation import Simulation
+from sllm_faas.sim.workload import Request
 
 MODEL = FunctionModel(
     "m", count=6, checkpoint_gb=4.0, memory_mb=100, gpus=1, per_input=0.001, per_output=0.02, slo_ttft=5.0
@@ -195,3 +197,20 @@ def test_percentiles_are_nearest_rank():
     assert percentile([], 50) == 0.0
     assert percentile(list(range(1, 101)), 99) == 99
     assert summary([1.0, 3.0])["mean"] == 2.0
+
+
+def test_processes_are_started_in_turn_where_a_machine_makes_so_many_at_once() -> None:
+    host = Host(2)
+    assert [host.seconds(0.0, 1.0) for _ in range(5)] == [1.0, 1.0, 2.0, 2.0, 3.0]
+    assert host.seconds(10.0, 1.0) == 1.0
+    assert [Host(0).seconds(0.0, 1.0) for _ in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_starts_take_what_was_measured_and_arrivals_are_those_given() -> None:
+    node = replace(SMALL.nodes[0], count=2, containers=(0.25,), at_once=1, one_machine=True)
+    functions = (replace(MODEL, count=2, checkpoint_gb=0.0, seconds=0.1),)
+    scenario = replace(SMALL, nodes=(node,), functions=functions, seconds=10.0)
+    arrivals = [Request(1.0, 0, 1, 1), Request(1.0, 1, 1, 1)]
+    simulation = Simulation(scenario, "ours", 3, arrivals)
+    assert simulation.run().requests == 2
+    assert sorted(simulation.samples.startup) == pytest.approx([0.25, 0.5], abs=0.01)
