@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from sllm_faas.controller.model import Pressure
-from sllm_faas.spec import Scaling
+from sllm_faas.spec import FunctionSpec, Scaling, Target
 
 START_HOLD = 1.0
 """Seconds for which a start survives the demand that asked for it. Keeps a demand that flickers from making starts
@@ -45,6 +46,11 @@ CRASH_LIMIT = 4.0
 
 Peak = tuple[float, int]
 """(until, desired): this many were asked for until that time."""
+
+
+def scaling_of(target: Target, spec: FunctionSpec) -> Scaling:
+    """`min_containers` count for the function as it is, not for every set of parameters ever asked for."""
+    return replace(spec.scaling, min_containers=0) if target.parameters else spec.scaling
 
 
 def desired(scaling: Scaling, concurrency: int, waiting: int, running: int, tokens: int = 0) -> int:

@@ -18,6 +18,7 @@ from math import inf
 import msgspec
 
 from sllm_faas.controller import estimate, move_times
+from sllm_faas.controller.autoscale import scaling_of
 from sllm_faas.controller.index import UNLIMITED, NodeIndex, Row
 from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.locality import NOWHERE
@@ -283,7 +284,7 @@ class Candidates:
                 memory = ledger.gives_back([instance])
                 cost = self._again(node, instance)
                 idle = max(0.0, now - (now if instance.spare is None else instance.spare))
-                rests = max(0.0, (instance.ready or 0.0) + SERVES * (instance.actual or 0.0) - now)
+                rests = _rests(instance, now)
                 found.append(Idle(instance.id, memory, idle, instance.gpus, cost, rests))
         return found
 
@@ -299,11 +300,10 @@ class Candidates:
             if instance.id in known or instance.id in self.state.moves or ledger.replacement(instance.id):
                 continue
             spec = ledger.function(instance.target)
-            least = spec.scaling.min_containers if spec is not None and not instance.target.parameters else 0
+            least = scaling_of(instance.target, spec).min_containers if spec is not None else 0
             if len(ledger.live(key)) - spared[key] > least:
                 spared[key] += 1
-                served = max(RESIDENCY, SERVES * (instance.actual or 0.0))
-                rests = max(0.0, (instance.ready or 0.0) + served - now)
+                rests = _rests(instance, now, RESIDENCY)
                 cost, memory = self._again(node, instance), ledger.gives_back([instance])
                 found.append(Idle(instance.id, memory, 0.0, instance.gpus, cost, rests, claimed=True))
         return found
@@ -380,7 +380,7 @@ class Candidates:
                 mb = need.alone_mb if name in need.attached else need.whole_mb
                 if self._free.fits(name, need.gpus, mb):
                     seconds = self._guess(nodes[name], need).total
-                    if (seconds, name) < best[:2] or best is NOWAY:
+                    if (seconds, name) < best[:2]:
                         row = self._free.rows[name]
                         best = (seconds, name, name, (mb, need.gpus), (row.mb, row.gpus))
         return best
@@ -509,6 +509,11 @@ class Candidates:
         elif not ending:
             return row, None
         return row, Row(speed, gpus + freeing_gpus, mb + freeing_mb, until)
+
+
+def _rests(instance: Instance, now: float, least: float = 0.0) -> float:
+    """Seconds for which it may not go yet: until it has served for as long as its start is worth, and the `least`."""
+    return max(0.0, (instance.ready or 0.0) + max(least, SERVES * (instance.actual or 0.0)) - now)
 
 
 def _gpus_of(instances: Sequence[Instance]) -> int:

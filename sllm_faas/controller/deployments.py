@@ -30,6 +30,7 @@ CHECK_WAIT = 30.0
 """Seconds a check waits for a node to run on."""
 CHECK_LIMIT = 3600.0
 """Seconds of a check: it may ingest a checkpoint of many gigabytes."""
+UNDER_WAY = ("checking", "warming")
 HISTORY = 20
 """Versions kept per app."""
 
@@ -38,12 +39,10 @@ class Deployments:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.state = ledger.state
-        self._checking = {
-            (app.name, version.number) for app, version in ledger.versions() if version.state == "checking"
+        self._under_way = {
+            (app.name, version.number) for app, version in ledger.versions() if version.state in UNDER_WAY
         }
-        """Those whose state was that when it was last looked at."""
-        self._warming = sum(version.state == "warming" for _, version in ledger.versions())
-        """How many are: nearly always none."""
+        """Versions that were checked or warmed when they were last looked at: nearly always none."""
 
     # -- registered and checked ------------------------------------------------------------------------------
 
@@ -65,7 +64,7 @@ class Deployments:
 
     def _assign_check(self, version: Version) -> None:
         """Hand the check to the node with the fewest instances; it waits when there is none."""
-        self._checking.add((version.app, version.number))
+        self._under_way.add((version.app, version.number))
         nodes = self.ledger.open_nodes() or [node for node in self.state.nodes.values() if node.state == "up"]
         if not nodes:
             version.check_node = ""
@@ -81,11 +80,11 @@ class Deployments:
 
     def reassign_checks(self, node: str | None) -> None:
         """`node` is gone, or None: one has come, for the checks that wait."""
-        for app, number in sorted(self._checking):
+        for app, number in sorted(self._under_way):
             version = self.ledger.version(app, number)
-            if version is None or version.state != "checking":
-                self._checking.discard((app, number))
-            elif version.check_node == (node or ""):
+            if version is None:
+                self._under_way.discard((app, number))
+            elif version.state == "checking" and version.check_node == (node or ""):
                 self._assign_check(version)
 
     def give_up(self, version: Version) -> None:
@@ -182,9 +181,10 @@ class Deployments:
         self.ledger.emit(DeployEnded(app.name, version.number, app.active, error))
 
     def _move_version(self, version: Version, event: str) -> None:
-        name, before = f"version {version.app}@{version.number}", version.state
-        version.state = cast(VersionState, tables.move(tables.VERSION, name, before, event))
-        self._warming += (version.state == "warming") - (before == "warming")
+        name = f"version {version.app}@{version.number}"
+        version.state = cast(VersionState, tables.move(tables.VERSION, name, version.state, event))
+        if version.state not in UNDER_WAY:
+            self._under_way.discard((version.app, version.number))
 
     def _trim_history(self, app: App) -> None:
         used = {i.target.version for i in self.state.instances.values() if i.target.app == app.name}
@@ -254,7 +254,7 @@ class Deployments:
 
     def check_warm(self, key: str) -> None:
         """Called after a target was reconciled: it may have been the last its version waited for."""
-        record = self.state.targets.get(key) if self._warming else None
+        record = self.state.targets.get(key) if self._under_way else None
         if record is not None:
             version = self.ledger.version(record.target.app, record.target.version)
             if version is not None and version.state == "warming":

@@ -29,7 +29,7 @@ from sllm_faas.controller.model import Instance, TargetState, key_of
 from sllm_faas.controller.service_times import SlotWait, service_time, slot_wait
 from sllm_faas.controller.shares import CLOSE, memory_mb
 from sllm_faas.errors import NoCapacity, NotFound, to_info
-from sllm_faas.spec import FunctionSpec, Scaling, Target
+from sllm_faas.spec import FunctionSpec, Target
 from sllm_faas.wire.messages import Hasten, Start, Stop, TargetFailed
 
 CLAIMS = 3
@@ -65,14 +65,10 @@ class Scaler:
             return "warming", spec
         return ("superseded", spec) if state == "ready" else ("gone", None)
 
-    def scaling_of(self, target: Target, spec: FunctionSpec) -> Scaling:
-        """`min_containers` count for the function as it is, not for every set of parameters ever asked for."""
-        return replace(spec.scaling, min_containers=0) if target.parameters else spec.scaling
-
     def wanted(self, target: Target, mode: Mode, spec: FunctionSpec | None, waiting: int, running: int) -> int:
         if spec is None or mode == "gone":
             return 0
-        scaling = self.scaling_of(target, spec)
+        scaling = autoscale.scaling_of(target, spec)
         tokens = self.ledger.tokens(key_of(target)) if scaling.target_tokens else 0
         if mode == "warming":
             return scaling.min_containers
@@ -125,7 +121,7 @@ class Scaler:
                 more = begun < self.state.created < begun + want - len(live)
         elif len(live) > want:
             hold = 0.0 if window == 0.0 and mode != "serving" else autoscale.START_HOLD
-            least = self.scaling_of(target, spec).min_containers if spec is not None else 0
+            least = autoscale.scaling_of(target, spec).min_containers if spec is not None else 0
             self._shrink(record, window, hold, least, live, ready, kept)
         self._block(record, key, blocked)
         if mode == "gone" and waiting:
@@ -213,7 +209,7 @@ class Scaler:
         if each is None or record.waiting_since is None:
             return None
         live = self.ledger.live(key_of(target))
-        if len(live) < self.scaling_of(target, spec).min_containers:
+        if len(live) < autoscale.scaling_of(target, spec).min_containers:
             return None
         ahead = load - sum([i.concurrency for i in live])
         slots = sum([i.concurrency for i in live if i.state == "ready"])

@@ -35,6 +35,14 @@ def let_run(made: World, seconds: float) -> None:
         settle(made)
 
 
+def b_floods_too(made: World, seconds: float) -> None:
+    """Ten seconds on, and for so many."""
+    made.tick(10.0)
+    made.demand("g", B, 50)
+    settle(made)
+    let_run(made, seconds)
+
+
 def held(made: World) -> dict[str, int]:
     return dict(Counter(i.target.app for i in made.machine.state.instances.values() if i.state != "draining"))
 
@@ -124,10 +132,7 @@ def test_a_flood_gives_room_back_until_both_hold_by_their_weights_and_no_further
     made.demand("g", A, 50)
     settle(made)
     assert held(made) == {"a": 8}
-    made.tick(10.0)
-    made.demand("g", B, 50)
-    settle(made)
-    let_run(made, 120)
+    b_floods_too(made, 120)
     assert held(made) == shares
     stops = made.sent(cmd.SendStop)
     assert len(stops) == 8 - shares["a"]
@@ -141,10 +146,7 @@ def test_what_is_kept_by_min_containers_is_not_claimed():
     deploy(made, app(function("f", memory_mb=100, max_containers=50), name="b"))
     made.demand("g", A, 50)
     settle(made)
-    made.tick(10.0)
-    made.demand("g", B, 50)
-    settle(made)
-    let_run(made, 60)
+    b_floods_too(made, 60)
     assert held(made) == {"a": 3, "b": 1}
 
 
@@ -167,10 +169,7 @@ def test_in_a_large_cluster_room_is_given_back_too():
     made.demand("g", A, 50)
     settle(made)
     assert held(made) == {"a": 24}
-    made.tick(10.0)
-    made.demand("g", B, 50)
-    settle(made)
-    let_run(made, 300)
+    b_floods_too(made, 300)
     assert held(made) == {"a": 12, "b": 12}
     assert len(made.sent(cmd.SendStop)) == 12
 
@@ -179,9 +178,6 @@ def test_the_same_events_give_the_same_machine_again():
     made = two_apps(800, b=2.0)
     made.demand("g", A, 50)
     settle(made)
-    made.tick(10.0)
-    made.demand("g", B, 50)
-    settle(made)
-    let_run(made, 60)
+    b_floods_too(made, 60)
     made.feed(ev.NodeCordoned("node-0", True))
     assert made.replayed().snapshot() == made.machine.snapshot()

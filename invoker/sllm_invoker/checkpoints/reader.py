@@ -286,7 +286,7 @@ class Reader:
                     if self._closing:
                         return
                     self._changed.wait()
-                reading = max(ready, key=lambda each: (each.priority, -each.left))  # the oldest of the most urgent
+                reading = max(ready, key=lambda each: (each.priority, -each.left))  # the oldest of equals
                 opens = reading.file is None
                 number = reading.next
                 reading.busy += 1
