@@ -89,7 +89,7 @@ COMPUTED = Case(
     2048,
     4,
     1.0,
-    3.0,
+    1.0,
     "fixed:8",
     "fixed:16",
     None,

@@ -25,6 +25,7 @@ from sllm_faas.controller.locality import NOWHERE
 from sllm_faas.controller.migration import can_move
 from sllm_faas.controller.model import Instance, Node, key_of
 from sllm_faas.controller.placement import Candidate, Idle, Movable, nothing
+from sllm_faas.controller.service_times import service_time
 from sllm_faas.layers import Layer, path
 from sllm_faas.spec import FunctionSpec, Target, Tier
 
@@ -35,6 +36,10 @@ RESIDENCY = 5.0
 """Seconds an instance serves where it is before it may be moved again: no node's memory is swapped to and fro."""
 SERVES = 1.0
 """An instance serves so many times as long as its start took before it may be evicted for another."""
+ENDS = 0.01
+"""Guess: seconds that an instance in which nothing runs takes to end."""
+SERVING = 1.0
+"""Guess: seconds until what runs in an instance has ended, of a function that has not been seen to answer."""
 MEMORY: tuple[Tier, ...] = ("dram", "gpu")
 """Tiers from which a start reads nothing from a disk or a network."""
 FEW = 48
@@ -180,6 +185,7 @@ class Candidates:
             info.gpus,
             row.freeing_gpus,
             (lambda limit: self._movable(node, need.own, limit)) if movable else nothing,
+            lambda: self._freed(node, (need.alone_mb if counted else need.whole_mb) - row.mb, need.gpus - row.gpus),
         )
 
     # -- estimates -------------------------------------------------------------------------------------------
@@ -274,6 +280,32 @@ class Candidates:
         return best
 
     # -- one node --------------------------------------------------------------------------------------------
+
+    def _freed(self, node: Node, mb: int, gpus: int) -> float:
+        """Seconds until so much more has come free of what ends there; infinite: that is not as much."""
+        ending = sorted([(self._ends(i), i.seq, i) for i in self.ledger.ending_on(node.name)])
+        gone: list[Instance] = []
+        for seconds, _, instance in ending:
+            gone.append(instance)
+            if _gpus_of(gone) >= gpus and self.ledger.gives_back(gone) >= mb:
+                return seconds
+        return inf
+
+    def _ends(self, instance: Instance) -> float:
+        """Seconds until an instance that ends has ended. One that ends for longer than expected is expected to take as
+        long again: what holds it up is not known."""
+        ledger, now, function = self.ledger, self.ledger.now, f"{instance.target.app}/{instance.target.function}"
+        heir = self.state.instances.get(ledger.replacement(instance.id))
+        if heir is not None or instance.id in self.state.moves:
+            starts = max(0.0, heir.asked + heir.predicted - now) if heir is not None and heir.state != "ready" else 0.0
+            return starts + move_times.seconds(self.state.book, function, instance.tokens)
+        left = ENDS
+        if instance.running:  # exponential service times, as for a slot: what has passed says nothing
+            each = service_time(self.state.book, function)
+            left = SERVING if each is None else each.seconds
+        if instance.drain is not None:
+            left = min(left, instance.drain)
+        return left if instance.draining_since is None else max(left, now - instance.draining_since)
 
     def _idle(self, node: Node, own: Collection[str]) -> list[Idle]:
         """Ready instances on the node beyond what their target wants at this moment, and not of one's own."""

@@ -251,6 +251,8 @@ class Ledger:
         else:
             _discard(self._loading, instance.node, instance.id)
         if instance.state == "draining":
+            if instance.draining_since is None:
+                instance.draining_since = self.now
             self._ending.setdefault(instance.node, {})[instance.id] = instance
             self.shares.drop(instance)
         else:

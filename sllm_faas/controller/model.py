@@ -118,6 +118,7 @@ class Instance:
     """Why it drains."""
     drain: float | None = None
     """Seconds it was given for that; None: all it takes."""
+    draining_since: float | None = None
 
 
 @dataclass(slots=True)

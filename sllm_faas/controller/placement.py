@@ -3,12 +3,13 @@
 For every candidate node, cheapest first, in estimated seconds to the first token plus the harm to others:
 
     it has room                        the estimate
-    room is being freed there          + Costs.freeing
+    room is being freed there          + the seconds until it is
     idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
     busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
 
-Where no node has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then
-that is waited for, but together no longer than that way would take.
+What harms others is charged for how unsure estimates are as well: two nodes that differ by less are alike. Where no
+node has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then that is
+waited for, but together no longer than that way would take.
 
 Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
 many instances share them. A node whose memory is unknown (0) admits everything.
@@ -49,16 +50,16 @@ class Costs:
     """What a choice is charged for its harm to others, in seconds. Small: what keeps an instance where it is sends
     others behind a slower read, which in overload harms more (seen in `sllm simulate paper` with other costs).
 
-    `freeing`: room that is being freed, because that drain is not over yet. `eviction`: each instance that must go; and
-    the `reload` share of the time that starting it again there takes, less the longer it has been idle: half of it
-    after `horizon` seconds. `move`: each that moves, a pause to its caller.
+    `eviction`: each instance that must go, about as long as its end takes; and the `reload` share of the time that
+    starting it again there takes, less the longer it has been idle: half of it after `horizon` seconds. `move`: each
+    that moves, a pause to its caller. `unsure`: the part of an estimate that it may be off by.
     """
 
-    freeing: float = 0.0
-    eviction: float = 0.0
+    eviction: float = 0.01
     reload: float = 0.001
     move: float = 0.05
     horizon: float = 10.0
+    unsure: float = 0.05
 
     def of(self, item: Idle) -> float:
         """Of ending it, with the wait until it may go: it is missed the less the longer nobody has."""
@@ -97,9 +98,14 @@ def nothing(_limit: float = inf) -> tuple[()]:
     return ()
 
 
+def at_once() -> float:
+    return 0.0
+
+
 class Candidate(msgspec.Struct, frozen=True):
-    """A node as placement sees it. `free_mb` None: unknown, not limited. `idle` and `movable` are asked only where
-    there is no room; `movable` may leave out what takes as many seconds as it is given, or more."""
+    """A node as placement sees it. `free_mb` None: unknown, not limited. Asked only where there is no room: what is
+    `idle`; what is `movable`, which may leave out what takes as many seconds as it is given, or more; and in how many
+    seconds what is ending there has `freed` enough."""
 
     name: str
     need_mb: int
@@ -113,6 +119,7 @@ class Candidate(msgspec.Struct, frozen=True):
     total_gpus: int = 0
     freeing_gpus: int = 0
     movable: Callable[[float], Sequence[Movable]] = nothing
+    freed: Callable[[], float] = at_once
 
     def fits(self) -> bool:
         return (self.free_mb is None or self.need_mb <= self.free_mb) and self.need_gpus <= self.free_gpus
@@ -250,17 +257,19 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
             break  # at the first that has room at the latest
         if not node.big_enough:
             continue
-        if node.will_fit():
-            ways.append((total + costs.freeing, "waiting for room on", node.name))
-            if total + costs.freeing < best:
-                way, best, harms = partial(_wait, node), total + costs.freeing, False
-        elif total + costs.eviction < best and (idle := cheapest_idle(node, costs)):
-            cost = total + sum(map(costs.of, idle))
+        freed = node.freed() if node.will_fit() else inf
+        if freed < inf:
+            ways.append((total + freed, "waiting for room on", node.name))
+            if total + freed < best:
+                way, best, harms = partial(_wait, node, freed), total + freed, False
+        sure = total * (1.0 + costs.unsure)
+        if sure + costs.eviction < best and (idle := cheapest_idle(node, costs, ending=freed == inf)):
+            cost = sure + sum(map(costs.of, idle))
             ways.append((cost, "eviction on", node.name))
             if cost < best:
                 way, best, harms = partial(_evict, node, idle), cost, True
-        else:
-            busy.append((total, node))
+        elif freed == inf:
+            busy.append((sure, node))
     for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
         limit = best - total - costs.move
         if limit > 0 and (moves := cheapest_moves(node, costs, limit)):
@@ -295,10 +304,14 @@ class Part(Protocol):
 P = TypeVar("P", bound=Part)
 
 
-def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
-    """Whom to stop, the longest idle among equals; empty: that would not be enough."""
+def cheapest_idle(node: Candidate, costs: Costs = DEFAULT, *, ending: bool = True) -> tuple[Idle, ...]:
+    """Whom to stop, the longest idle among equals, if what is `ending` there is waited for too, or only for these;
+    empty: that would not be enough."""
     parts = sorted(node.idle(), key=lambda item: (-item.seconds, item.instance))
-    return cheapest(parts, node.missing_mb, node.missing_gpus, costs.of) if parts else ()
+    if not parts:
+        return ()
+    coming_mb, coming_gpus = (0, 0) if ending else (node.freeing_mb, node.freeing_gpus)
+    return cheapest(parts, node.missing_mb + coming_mb, node.missing_gpus + coming_gpus, costs.of)
 
 
 def cheapest_moves(node: Candidate, costs: Costs = DEFAULT, limit: float = inf) -> tuple[Movable, ...]:
@@ -417,8 +430,9 @@ def _placed(fitting: Sequence[Candidate], total: int, ways: Sequence[tuple[float
     return Placed(fitting[0].name, fitting[0].estimate, others, more, total - len(fitting), tuple(ways))
 
 
-def _wait(node: Candidate, lost: str) -> Full:
-    return Full(f"waits for memory that is being freed on {node.name}{lost}")
+def _wait(node: Candidate, freed: float, lost: str) -> Full:
+    why = f"waits for room that is being freed on {node.name}, in about {freed:.2f} s{lost}"
+    return Full(why, again=max(LEAST, freed))
 
 
 def _wait_for_slot(slot: SlotWait, best: float, other: Choice) -> Full:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from math import inf
 from random import Random
 
+import msgspec
+
 from sllm_faas.controller.placement import (
     Candidate,
     Cheapest,
@@ -31,10 +33,11 @@ from sllm_faas.controller.placement import (
     cheapest_idle,
     no_room,
     no_slot,
+    nothing,
     place,
 )
 
-FREE = Costs(0.0, 0.0, 0.0, 0.0)
+FREE = Costs(eviction=0.0, reload=0.0, move=0.0, unsure=0.0)
 
 
 class _Blind(ABC):
@@ -102,19 +105,7 @@ class Preempt:
 
 
 def _unmovable(node: Candidate) -> Candidate:
-    return Candidate(
-        node.name,
-        node.need_mb,
-        node.free_mb,
-        node.total_mb,
-        node.freeing_mb,
-        node.estimate,
-        node.idle,
-        node.need_gpus,
-        node.free_gpus,
-        node.total_gpus,
-        node.freeing_gpus,
-    )
+    return msgspec.structs.replace(node, movable=nothing)
 
 
 class Published:

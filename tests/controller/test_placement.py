@@ -67,8 +67,34 @@ def test_as_few_idle_as_possible_go_the_longest_idle_first():
 
 def test_memory_that_is_being_freed_is_waited_for():
     """Evicting more while a drain is under way would stop instances for nothing."""
-    choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),))])
-    assert choice == Full("waits for memory that is being freed on a")
+    choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),), freed=lambda: 0.01)])
+    assert choice == Full("waits for room that is being freed on a, in about 0.01 s", again=0.05)
+
+
+def test_room_that_is_long_in_coming_is_worth_no_more_than_room_elsewhere():
+    """A node that is a little faster, but where an instance has work for another second."""
+    draining = node("a", 1.0, need=200, free=50, freeing=150, freed=lambda: 1.0)
+    choice = place([draining, node("b", 1.2)])
+    assert isinstance(choice, Placed)
+    assert choice.node == "b"
+    assert "waiting for room on a 2.00 s" in choice.why
+    choice = place([draining, node("b", 2.5)])
+    assert isinstance(choice, Full)
+    assert choice.why == "waits for room that is being freed on a, in about 1.00 s; not a start on b 2.50 s"
+
+
+def test_where_room_is_long_in_coming_idle_instances_go():
+    idle = (Idle("i", 100, 9.0), Idle("j", 200, 9.0))
+    choice = place([node("a", 1.0, need=200, free=50, freeing=150, idle=idle, freed=lambda: 1.0)])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("j",), "enough without what is being freed"
+
+
+def test_nobody_has_to_go_for_less_than_estimates_are_off_by():
+    idle = (Idle("i", 100, 9.0),)
+    choice = place([node("a", 1.0, free=0, idle=idle), node("b", 1.05)])
+    assert isinstance(choice, Placed)
+    assert isinstance(place([node("a", 1.0, free=0, idle=idle), node("b", 1.1)]), Evict)
 
 
 def test_a_node_that_must_evict_much_loses_to_one_nearly_as_fast_that_need_not():
@@ -92,9 +118,9 @@ def test_what_has_not_served_for_long_enough_is_waited_for_unless_another_node_i
 
 def test_who_waits_though_there_is_room_elsewhere_looks_again_when_that_may_be_sooner():
     """A queue shortens by a second per second."""
-    choice = place([node("a", 1.0, need=200, free=50, freeing=150), node("b", 2.5)])
+    choice = place([node("a", 1.0, need=200, free=50, freeing=150, freed=lambda: 1.2), node("b", 2.5)])
     assert isinstance(choice, Full)
-    assert choice.again == 1.5
+    assert choice.again == pytest.approx(0.3)
 
 
 def waiting(seconds: float, waited: float = 0.0) -> OwnSlot:
@@ -184,10 +210,12 @@ def test_an_explanation_names_the_ways_that_lost():
     assert choice.why.endswith("; not a start on d 4.00 s")
     choice = place([nodes[2], nodes[1], node("d", 4.0)])
     assert isinstance(choice, Full)
-    assert choice.why == "waits for memory that is being freed on b; not eviction on c 3.20 s, a start on d 4.00 s"
+    assert choice.why == (
+        "waits for room that is being freed on b, in about 0.00 s; not eviction on c 3.27 s, a start on d 4.00 s"
+    )
     choice = place([nodes[2], node("d", 2.0)])
     assert isinstance(choice, placement.Placed)
-    assert choice.why.endswith("; 1 without room; not eviction on c 3.20 s")
+    assert choice.why.endswith("; 1 without room; not eviction on c 3.27 s")
 
 
 parts = st.lists(
