@@ -67,6 +67,8 @@ AT_ONCE = 1e-3
 SEEN, OFTEN = 3, 0.9
 """Starts that found a checkpoint in the page cache or not, after which it is expected there, and the part that did: a
 large one is once in a while, when memory in use left no room for it in the DRAM tier."""
+HELD_UP = 2.0
+"""A layer that takes longer to make than so many times as it is known to was held up: it counts as no more."""
 STALLED = 0.005
 """Seconds of waiting for bytes above which a start is said to have been held up by them."""
 
@@ -220,15 +222,15 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
             key = next((layer.key for layer in start.missing if layer.warmth == warmth), "")
             if span.detail == "made":
                 crowd = _crowd(start.at_once)
-                alone = book.get(f"layer|{key}")
-                if warmth == "template" and crowd > 1 and alone is not None:
-                    _mix(book, f"crowd|template|{crowd}", max(0.0, span.seconds - alone))
+                known = book.get(f"layer|{key}")
+                if warmth == "template" and crowd > 1 and known is not None:
+                    _mix(book, f"crowd|template|{crowd}", max(0.0, span.seconds - known))
                 alone = _by_itself(book, span.seconds, crowd, warmth)
-                _mix(book, f"layer|{warmth}", alone)
+                _mix_layer(book, f"layer|{warmth}", alone)
                 if key:
-                    _mix(book, f"layer|{key}", alone)
+                    _mix_layer(book, f"layer|{key}", alone)
                     if making == span.seconds:
-                        _mix(book, f"layer|{key}|first", alone)
+                        _mix_layer(book, f"layer|{key}|first", alone)
     stall = 0.0
     read, attach = spans.get("checkpoint"), spans.get("attach")
     if start.size and read is not None:
@@ -367,6 +369,11 @@ def _rate_keys(node: str, tier: Tier, size: int) -> tuple[str, str]:
 def _class(size: int) -> str:
     """Sizes within a factor of eight, named by the largest in MiB."""
     return f"{8 ** max(0, math.ceil(math.log(max(1, size) / 2**20, 8)))}M"
+
+
+def _mix_layer(book: Book, key: str, seconds: float) -> None:
+    known = book.get(key)
+    _mix(book, key, seconds if known is None else min(seconds, HELD_UP * known))
 
 
 def _mix(book: Book, key: str, value: float) -> None:

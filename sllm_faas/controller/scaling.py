@@ -34,6 +34,8 @@ from sllm_faas.wire.messages import Hasten, Start, Stop, TargetFailed
 
 CLAIMS = 3
 """Apps above their share, the furthest above first, that are asked for room."""
+TOGETHER = 0.005
+"""Starts on a machine within so many seconds are one crowd: a burst comes as a few events, one after the other."""
 Mode = Literal["serving", "warming", "superseded", "gone"]
 
 
@@ -366,13 +368,18 @@ class Scaler:
                 self.ledger.emit(SendHasten(instance.node, Hasten(instance.id)))
 
     def restate(self) -> None:
-        """Starts commanded for one event slow each other down, the first ones too, which knew nothing of the rest."""
+        """Starts commanded together slow each other down, the first ones too, which knew nothing of the rest."""
         begun, self._begun = self._begun, []
-        if len(begun) < 2:
-            return
+        crowds: dict[str, Instance] = {}
         for instance in begun:
+            if instance.id not in crowds and (node := self.state.nodes.get(instance.node)) is not None:
+                beside = [i for name in self.ledger.where.beside(node) for i in self.ledger.loading_on(name)]
+                crowd = [i for i in beside if self.ledger.now - i.asked <= TOGETHER]
+                if len(crowd) > 1:
+                    crowds.update({i.id: i for i in crowd})
+        for instance in sorted(crowds.values(), key=lambda i: i.seq):
             spec, node = self.ledger.function(instance.target), self.state.nodes.get(instance.node)
-            if spec is not None and node is not None and instance.state == "requested":
+            if spec is not None and node is not None:
                 crowded = self.candidates.guess(node, instance.target, spec, but=instance.id)
                 instance.predicted = msgspec.structs.replace(crowded, queue=instance.queued, load=instance.load).total
                 self.ledger.restate(instance.id, round(instance.predicted, 4))

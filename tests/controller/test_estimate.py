@@ -95,6 +95,14 @@ def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
     assert 3.2 < e.making_seconds(book, (LIBS, TEMPLATE)) < 3.5
 
 
+def test_a_layer_that_was_held_up_counts_for_twice_what_it_takes_at_most():
+    book: e.Book = {}
+    for seconds in (0.2, 2.0):
+        start = replace(MODEL, warmth="libs", missing=(TEMPLATE,))
+        learn(book, start, seconds + 0.1, Span("template", 0.0, seconds, "made"))
+    assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.2 + 2 / 3 * 0.2)
+
+
 def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_not():
     book: e.Book = {}
     learn(book, replace(MODEL, warmth="libs", missing=(TEMPLATE,)), 0.3, Span("template", 0.0, 0.2, "made"))

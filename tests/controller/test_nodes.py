@@ -289,6 +289,19 @@ def test_a_start_is_timed_and_the_next_one_predicted_by_it():
         assert (ended.outcome, ended.actual) == ("ready", pytest.approx(actual))
 
 
+@pytest.mark.parametrize(("apart", "together"), [(0.002, True), (0.02, False)])
+def test_starts_that_are_commanded_soon_after_each_other_are_expected_to_slow_each_other(apart, together):
+    made = world(("node-0", 5000))
+    deploy(made, app(function("f"), function("g")))
+    made.demand("g", F, 1)
+    alone = made.sent(cmd.SendStart)[0].body
+    made.tick(made.now + apart)
+    made.demand("g", Target("app", "g", 1), 1)
+    first, second = (made.machine.state.instances[start.body.instance] for start in made.sent(cmd.SendStart))
+    assert second.predicted == pytest.approx(alone.predicted * 1.25)
+    assert first.predicted == pytest.approx(alone.predicted * (1.25 if together else 1.0))
+
+
 def test_what_a_node_measures_after_its_hello_counts_until_something_was_learned():
     made = world(("node-0", 5000))
     deploy(made, app(function("f", memory_mb=100, checkpoint=CheckpointSpec("org/model"))))
