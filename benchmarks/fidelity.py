@@ -1,7 +1,8 @@
 """The same trace run for real and simulated, with the constants that the real run measured.
 
     paced       ten invokers; an engine that is declared to take its times instead of computing them
-    computed    two invokers; the counting model, computing on this machine's cores
+    computed    two invokers; the counting model, computing on this machine's cores; arrivals of CV 1 and not 3, because
+                what nine starts at the same moment take is up to two cores
 
 The trace is the simulator's own (Gamma arrivals, Zipf popularity); the real run replays it through the gateway.
 Measured and handed to the simulation: how long the instances' starts took, one by one, what an answer's first output
