@@ -292,20 +292,22 @@ class Candidates:
         return inf
 
     def _ends(self, instance: Instance) -> float:
-        """Seconds until an instance that ends has ended. One that ends for longer than expected is expected to take as
-        long again: what holds it up is not known."""
+        """Seconds until an instance that ends has ended. What takes longer than expected is expected to take as long
+        again: what holds it up is not known."""
         ledger, now, function = self.ledger, self.ledger.now, f"{instance.target.app}/{instance.target.function}"
         heir = self.state.instances.get(ledger.replacement(instance.id))
-        if heir is not None or instance.id in self.state.moves:
-            starts = max(0.0, heir.asked + heir.predicted - now) if heir is not None and heir.state != "ready" else 0.0
+        if heir is not None and heir.state in ("requested", "starting"):
+            starts = abs(heir.asked + heir.predicted - now)
             return starts + move_times.seconds(self.state.book, function, instance.tokens)
         left = ENDS
-        if instance.running:  # exponential service times, as for a slot: what has passed says nothing
+        if heir is not None or instance.id in self.state.moves:
+            left = move_times.seconds(self.state.book, function, instance.tokens)
+        elif instance.running:  # exponential service times, as for a slot: what has passed says nothing
             each = service_time(self.state.book, function)
             left = SERVING if each is None else each.seconds
-        if instance.drain is not None:
-            left = min(left, instance.drain)
-        return left if instance.draining_since is None else max(left, now - instance.draining_since)
+        since = now if instance.draining_since is None else instance.draining_since
+        left = max(left, now - since)
+        return left if instance.drain is None else min(left, abs(since + instance.drain - now))
 
     def _idle(self, node: Node, own: Collection[str]) -> list[Idle]:
         """Ready instances on the node beyond what their target wants at this moment, and not of one's own."""

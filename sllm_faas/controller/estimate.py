@@ -69,6 +69,8 @@ SEEN, OFTEN = 3, 0.9
 large one is once in a while, when memory in use left no room for it in the DRAM tier."""
 HELD_UP = 2.0
 """A layer that takes longer to make than so many times as it is known to was held up: it counts as no more."""
+LITTLE = 0.01
+"""Seconds below which what is known of a layer is taken for so much there: twice nothing would stay nothing."""
 STALLED = 0.005
 """Seconds of waiting for bytes above which a start is said to have been held up by them."""
 
@@ -373,7 +375,7 @@ def _class(size: int) -> str:
 
 def _mix_layer(book: Book, key: str, seconds: float) -> None:
     known = book.get(key)
-    _mix(book, key, seconds if known is None else min(seconds, HELD_UP * known))
+    _mix(book, key, seconds if known is None else min(seconds, HELD_UP * max(known, LITTLE)))
 
 
 def _mix(book: Book, key: str, value: float) -> None:

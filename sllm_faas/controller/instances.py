@@ -119,6 +119,7 @@ class Instances:
             why="found running",
             adopted=True,
             ready=self.ledger.now if state == "ready" else None,
+            draining_since=self.ledger.now if state == "draining" else None,
         )
         self._note(instance, report)
         self.ledger.add_instance(instance)

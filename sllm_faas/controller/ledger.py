@@ -196,7 +196,7 @@ class Ledger:
         if instance.replaces:
             self._replaced[instance.replaces] = instance.id
         self.shares.add(instance)
-        self.note_state(instance)
+        self._index_state(instance)
         self._private[instance.node] = self._private.get(instance.node, 0) + instance.memory_mb
         self._gpus[instance.node] = self._gpus.get(instance.node, 0) + instance.gpus
         if instance.digest:
@@ -245,14 +245,17 @@ class Ledger:
                     _discard(self._holding, instance.digest, instance.node)
 
     def note_state(self, instance: Instance) -> None:
-        """Call it after its state has changed."""
+        """Call it after its state has changed, or it was told to end sooner."""
+        if instance.state == "draining":
+            instance.draining_since = self.now
+        self._index_state(instance)
+
+    def _index_state(self, instance: Instance) -> None:
         if instance.state in ("requested", "starting"):
             self._loading.setdefault(instance.node, {})[instance.id] = instance
         else:
             _discard(self._loading, instance.node, instance.id)
         if instance.state == "draining":
-            if instance.draining_since is None:
-                instance.draining_since = self.now
             self._ending.setdefault(instance.node, {})[instance.id] = instance
             self.shares.drop(instance)
         else:

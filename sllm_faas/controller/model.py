@@ -119,6 +119,7 @@ class Instance:
     drain: float | None = None
     """Seconds it was given for that; None: all it takes."""
     draining_since: float | None = None
+    """Since when, as it was last told; None: it does not, or a snapshot did not say."""
 
 
 @dataclass(slots=True)

@@ -103,6 +103,15 @@ def test_a_layer_that_was_held_up_counts_for_twice_what_it_takes_at_most():
     assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.2 + 2 / 3 * 0.2)
 
 
+def test_a_layer_that_took_nothing_the_first_time_is_not_held_up_for_ever_after():
+    """As one that another start had nearly made, or whose crowd is thought to have cost as much as it took."""
+    book: e.Book = {}
+    for seconds in (0.0, *[0.3] * 20):
+        start = replace(MODEL, warmth="libs", missing=(TEMPLATE,))
+        learn(book, start, seconds + 0.1, Span("template", 0.0, seconds, "made"))
+    assert e.making_seconds(book, (TEMPLATE,)) == pytest.approx(0.3, rel=0.1)
+
+
 def test_a_template_takes_longer_in_a_crowd_and_libraries_that_all_wait_for_do_not():
     book: e.Book = {}
     learn(book, replace(MODEL, warmth="libs", missing=(TEMPLATE,)), 0.3, Span("template", 0.0, 0.2, "made"))
