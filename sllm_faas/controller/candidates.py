@@ -99,14 +99,15 @@ class Candidates:
         """Rows with what would be free if all idle instances went."""
         self._facts: dict[str, Facts] = {}
 
-    def of(self, target: Target, spec: FunctionSpec, *, movable: bool = True) -> list[Candidate]:
-        """The nodes worth considering for one more instance; with `movable`, also what could move away there."""
+    def of(self, target: Target, spec: FunctionSpec, *, idle: bool = True, movable: bool = True) -> list[Candidate]:
+        """The nodes worth considering for one more instance; with `idle` and `movable`, also what could go there or
+        move away."""
         self._refresh()
         need, movable = self._need(target, spec), movable and self.migrate
         if self._whole:
-            return [self._one(node, need, movable) for node in self.ledger.open_nodes()]
+            return [self._one(node, need, movable, idle) for node in self.ledger.open_nodes()]
         nodes = self.state.nodes
-        return [self._one(nodes[name], need, movable) for name in self._shortlist(need)]
+        return [self._one(nodes[name], need, movable, idle) for name in self._shortlist(need)]
 
     def one(self, node: Node, target: Target, spec: FunctionSpec) -> Candidate:
         """The node as it is for the target."""
@@ -167,7 +168,7 @@ class Candidates:
             bool(digest) and estimate.ever_cached(book, digest),
         )
 
-    def _one(self, node: Node, need: Need, movable: bool) -> Candidate:
+    def _one(self, node: Node, need: Need, movable: bool, idle: bool = True) -> Candidate:
         name, info = node.name, node.info
         row = self._free.rows.get(name) or self._row(node)[0]  # a cordoned node is in no index
         # Where the checkpoint is in memory for good already, one more instance takes no more for it.
@@ -179,7 +180,7 @@ class Candidates:
             info.memory_mb,
             row.freeing_mb,
             self._guess(node, need),
-            lambda: self._idle(node, need.own),
+            (lambda: self._idle(node, need.own)) if idle else nothing,
             need.gpus,
             row.gpus,
             info.gpus,

@@ -217,7 +217,8 @@ class Migrations:
         if self.ledger.now < record.retry_at:
             self._look_at(move, self.ledger.now + RETRY)
             return
-        choice = self.scaler.policy.place(self.scaler.candidates.of(source.target, spec, movable=False))
+        idle = not self.scaler.makes_room(record)
+        choice = self.scaler.policy.place(self.scaler.candidates.of(source.target, spec, idle=idle, movable=False))
         if isinstance(choice, placement.Placed):
             move.due = None
             why = f"{move.why}; {choice.why}"
@@ -226,6 +227,7 @@ class Migrations:
             self._do_without(move, source)
         else:
             if isinstance(choice, placement.Evict):
+                record.evicted = list(choice.instances)
                 for name in choice.instances:
                     self.scaler.stop(self.state.instances[name], f"evicted for {source.target}", choice.drain)
             self._look_at(move, self.ledger.now + RETRY)

@@ -195,6 +195,8 @@ class TargetState:
     """Why its start has to wait for room."""
     made_room: str = ""
     """What was last done to make room for that start."""
+    evicted: list[str] = field(default_factory=list)
+    """Instances that were last told to end for it."""
     look_at: float = 0.0
     """While it waits for room: until then, its choice stands unless room appears."""
     waits_up_to: int = 0

@@ -172,10 +172,12 @@ class Scaler:
             self.ledger.wake_target(record, record.look_at)
             return record.blocked
         for _ in range(missing if most is None else min(missing, most)):
+            harm = not self.makes_room(record)
             choice = self.policy.place(
-                self.candidates.of(record.target, spec), partial(self._own_slot, record, spec, load)
+                self.candidates.of(record.target, spec, idle=harm, movable=harm),
+                partial(self._own_slot, record, spec, load),
             )
-            if isinstance(choice, placement.Full) and choice.stuck:
+            if isinstance(choice, placement.Full) and choice.stuck and harm:
                 choice = self._claim(record.target, spec) or choice
             why = record.placement = choice.why
             record.waits_up_to = 0
@@ -188,6 +190,7 @@ class Scaler:
             if isinstance(choice, placement.Evict | placement.Move):
                 record.made_room = choice.done
             if isinstance(choice, placement.Evict):
+                record.evicted = list(choice.instances)
                 for name in choice.instances:
                     self._let_go(self.state.instances[name], f"evicted for {record.target}", choice.drain)
             elif isinstance(choice, placement.Move):
@@ -203,6 +206,13 @@ class Scaler:
             self.ledger.wake_target(record, record.look_at)
             return why
         return ""
+
+    def makes_room(self, record: TargetState) -> bool:
+        """Whether what was evicted for it, and runs nothing, has yet to go. Then nobody else has to: another would most
+        likely take as long to end. What takes very long is given up."""
+        instances, gone = self.state.instances, self.ledger.now - placement.AGAIN
+        going = [instance for name in record.evicted if (instance := instances.get(name)) is not None]
+        return any(i.draining_since is not None and i.draining_since > gone and not i.running for i in going)
 
     def _own_slot(self, record: TargetState, spec: FunctionSpec, load: int) -> SlotWait | None:
         """Waiting for those that are ready instead of one more start; None: that one is not wanted for who waits."""
@@ -285,7 +295,7 @@ class Scaler:
                 insort(blocked, key)
             else:
                 del blocked[bisect_left(blocked, key)]
-                record.made_room = ""
+                record.made_room, record.evicted = "", []
         record.blocked = why
 
     def _refuse(self, record: TargetState, key: str) -> None:

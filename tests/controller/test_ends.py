@@ -21,7 +21,7 @@ from sllm_faas.spec import Target
 from sllm_faas.wire.messages import InstanceReport, NodeInfo
 from tests.controller.fakes import app, function
 from tests.controller.story import deliver, deploy, settle, world
-from tests.controller.world import World
+from tests.controller.world import ModelNode, World
 
 F, G = Target("app", "f", 1), Target("app", "g", 1)
 NOW = 1000.0
@@ -194,3 +194,56 @@ def test_a_snapshot_from_before_it_was_known_since_when_it_drains_is_read_back_a
     machine.handle(ev.Tick(), NOW + 1)
     assert since(machine) == [None]
     assert freed(machine.scaler.candidates, 500) == ENDS
+
+
+def go_idle(made: World, *names: str) -> None:
+    """One instance each serves for long, then nobody wants it."""
+    for name in names:
+        made.demand("g", Target("app", name, 1), 1)
+    settle(made)
+    made.tick(NOW)
+    for name in names:
+        made.demand("g", Target("app", name, 1), 0)
+    made.tick(NOW + 20)
+    assert not made.sent(cmd.SendStop)
+
+
+def look_again(made: World, seconds: float) -> int:
+    """Things end elsewhere all the time, which makes who waits for room look again. How many were told to end."""
+    end = made.now + seconds
+    while made.now < end:
+        made.tick(made.now + 0.05)
+        made.machine.ledger.room_changed()
+        made.feed(ev.Tick())
+        deliver(made)
+    return len(made.sent(cmd.SendStop))
+
+
+@pytest.mark.parametrize("nodes", [("node-0",), ("node-0", "node-1", "node-2")])
+def test_who_made_room_makes_no_more_while_that_takes_a_while_to_come(nodes):
+    """As an exit hook may take."""
+    made = world(*[(name, 600) for name in nodes])
+    names = [f"f{k}" for k in range(2 * len(nodes))]
+    deploy(made, app(*[function(name, memory_mb=300) for name in (*names, "g")]))
+    go_idle(made, *names)
+    made.demand("g", G, 1)
+    assert look_again(made, 4.5) == 1
+    assert look_again(made, 1.0) == 2, "what takes very long is given up"
+    settle(made)
+    assert made.live(G) == 1
+    assert not made.machine.state.targets["app/g@1#"].evicted
+
+
+def test_a_drained_node_makes_room_for_its_heirs_once_at_a_time():
+    made = world(("node-0", 300))
+    deploy(made, app(*[function(name, memory_mb=300) for name in ("f0", "f1", "g")]))
+    made.demand("g", G, 1)
+    settle(made)
+    made.demand("g", G, 0, 1)
+    made.nodes["node-1"] = ModelNode("node-1", 600)
+    made.hello("node-1")
+    go_idle(made, "f0", "f1")
+    made.feed(ev.NodeDrained("node-0"))
+    assert look_again(made, 4.5) == 1
+    settle(made)
+    assert made.live(G) == 1
