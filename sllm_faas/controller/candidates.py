@@ -186,7 +186,7 @@ class Candidates:
             info.gpus,
             row.freeing_gpus,
             (lambda limit: self._movable(node, need.own, limit)) if movable else nothing,
-            lambda: self._freed(node, (need.alone_mb if counted else need.whole_mb) - row.mb, need.gpus - row.gpus),
+            partial(self._freed, node),
         )
 
     # -- estimates -------------------------------------------------------------------------------------------

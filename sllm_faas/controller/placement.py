@@ -7,8 +7,9 @@ For every candidate node, cheapest first, in estimated seconds to the first toke
     idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
     busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
 
-What harms others is charged for how unsure estimates are as well: two nodes that differ by less are alike. Where no
-node has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then that is
+Where those two take, beside what goes, room that is being freed, they cost no less than the seconds until it is. What
+harms others is charged for how unsure estimates are as well: two nodes that differ by less are alike. Where no node
+has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then that is
 waited for, but together no longer than that way would take.
 
 Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
@@ -98,14 +99,14 @@ def nothing(_limit: float = inf) -> tuple[()]:
     return ()
 
 
-def at_once() -> float:
+def at_once(_mb: int, _gpus: int) -> float:
     return 0.0
 
 
 class Candidate(msgspec.Struct, frozen=True):
     """A node as placement sees it. `free_mb` None: unknown, not limited. Asked only where there is no room: what is
     `idle`; what is `movable`, which may leave out what takes as many seconds as it is given, or more; and in how many
-    seconds what is ending there has `freed` enough."""
+    seconds what is ending there has `freed` so many MiB and accelerators."""
 
     name: str
     need_mb: int
@@ -119,7 +120,7 @@ class Candidate(msgspec.Struct, frozen=True):
     total_gpus: int = 0
     freeing_gpus: int = 0
     movable: Callable[[float], Sequence[Movable]] = nothing
-    freed: Callable[[], float] = at_once
+    freed: Callable[[int, int], float] = at_once
 
     def fits(self) -> bool:
         return (self.free_mb is None or self.need_mb <= self.free_mb) and self.need_gpus <= self.free_gpus
@@ -132,6 +133,12 @@ class Candidate(msgspec.Struct, frozen=True):
     @property
     def big_enough(self) -> bool:
         return (self.free_mb is None or self.need_mb <= self.total_mb) and self.need_gpus <= self.total_gpus
+
+    def room_in(self, parts: Sequence[Part] = ()) -> float:
+        """Seconds until so much has ended there that it fits, once these have gone too; infinite: it never does."""
+        mb = 0 if self.free_mb is None else self.need_mb - self.free_mb - sum([part.memory_mb for part in parts])
+        gpus = self.need_gpus - self.free_gpus - sum([part.gpus for part in parts])
+        return self.freed(max(0, mb), max(0, gpus)) if mb > 0 or gpus > 0 else 0.0
 
     @property
     def missing_mb(self) -> int:
@@ -257,14 +264,14 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
             break  # at the first that has room at the latest
         if not node.big_enough:
             continue
-        freed = node.freed() if node.will_fit() else inf
+        freed = node.room_in() if node.will_fit() else inf
         if freed < inf:
             ways.append((total + freed, "waiting for room on", node.name))
             if total + freed < best:
                 way, best, harms = partial(_wait, node, freed), total + freed, False
         sure = total * (1.0 + costs.unsure)
-        if sure + costs.eviction < best and (idle := cheapest_idle(node, costs, ending=freed == inf)):
-            cost = sure + sum(map(costs.of, idle))
+        if sure + costs.eviction < best and (found := _cheapest_eviction(node, costs, ending=freed == inf)):
+            cost, idle = sure + found[0], found[1]
             ways.append((cost, "eviction on", node.name))
             if cost < best:
                 way, best, harms = partial(_evict, node, idle), cost, True
@@ -273,7 +280,8 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
     for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
         limit = best - total - costs.move
         if limit > 0 and (moves := cheapest_moves(node, costs, limit)):
-            cost = total + costs.move * len(moves) + max(item.seconds for item in moves)
+            seconds = max(node.room_in(moves), max(item.seconds for item in moves))
+            cost = total + costs.move * len(moves) + seconds
             ways.append((cost, "moving away from", node.name))
             if cost < best:
                 way, best, harms = partial(_move, node, moves), cost, True
@@ -302,6 +310,20 @@ class Part(Protocol):
 
 
 P = TypeVar("P", bound=Part)
+
+
+def _cheapest_eviction(node: Candidate, costs: Costs, *, ending: bool) -> tuple[float, tuple[Idle, ...]] | None:
+    """As `cheapest_idle`, with its cost, which is no less than the time that the rest of the room takes to come. Where
+    that is what it costs, those that are enough without may be cheaper."""
+    idle = cheapest_idle(node, costs, ending=ending)
+    if not idle:
+        return None
+    harm, seconds = sum(map(costs.of, idle)), node.room_in(idle)
+    if harm < seconds and (others := cheapest_idle(node, costs, ending=False)):
+        more = sum(map(costs.of, others))
+        if more < seconds:
+            return more, others
+    return max(harm, seconds), idle
 
 
 def cheapest_idle(node: Candidate, costs: Costs = DEFAULT, *, ending: bool = True) -> tuple[Idle, ...]:

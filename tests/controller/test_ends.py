@@ -54,7 +54,8 @@ def at(seconds: float, *instances: Instance, moves: tuple[str, ...] = (), serves
 def freed(known: Candidates, memory_mb: int = 1000, gpus: int = 0) -> float:
     """Seconds until node-0 has so much."""
     node = known.state.nodes["node-0"]
-    return known.one(node, G, function("g", memory_mb=memory_mb, gpus=gpus)).freed()
+    there = known.one(node, G, function("g", memory_mb=memory_mb, gpus=gpus))
+    return 0.0 if there.fits() else there.room_in()
 
 
 HEIR: dict[str, Any] = {"node": "node-1", "replaces": "i", "draining_since": None, "ready": None}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sllm_faas.controller import placement
 from sllm_faas.controller.estimate import Estimate
-from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Movable, OwnSlot, Placed, place
+from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Movable, Move, OwnSlot, Placed, place
 from sllm_faas.controller.service_times import ServiceTime, SlotWait
 
 
@@ -67,13 +67,13 @@ def test_as_few_idle_as_possible_go_the_longest_idle_first():
 
 def test_memory_that_is_being_freed_is_waited_for():
     """Evicting more while a drain is under way would stop instances for nothing."""
-    choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),), freed=lambda: 0.01)])
+    choice = place([node("a", need=200, free=50, freeing=150, idle=(Idle("i", 500, 0.0),), freed=lambda *_: 0.01)])
     assert choice == Full("waits for room that is being freed on a, in about 0.01 s", again=0.05)
 
 
 def test_room_that_is_long_in_coming_is_worth_no_more_than_room_elsewhere():
     """A node that is a little faster, but where an instance has work for another second."""
-    draining = node("a", 1.0, need=200, free=50, freeing=150, freed=lambda: 1.0)
+    draining = node("a", 1.0, need=200, free=50, freeing=150, freed=lambda *_: 1.0)
     choice = place([draining, node("b", 1.2)])
     assert isinstance(choice, Placed)
     assert choice.node == "b"
@@ -85,9 +85,28 @@ def test_room_that_is_long_in_coming_is_worth_no_more_than_room_elsewhere():
 
 def test_where_room_is_long_in_coming_idle_instances_go():
     idle = (Idle("i", 100, 9.0), Idle("j", 200, 9.0))
-    choice = place([node("a", 1.0, need=200, free=50, freeing=150, idle=idle, freed=lambda: 1.0)])
+    choice = place([node("a", 1.0, need=200, free=50, freeing=150, idle=idle, freed=lambda *_: 1.0)])
     assert isinstance(choice, Evict)
     assert choice.instances == ("j",), "enough without what is being freed"
+
+
+def test_nobody_has_to_go_where_the_rest_of_the_room_is_long_in_coming():
+    """What ends there is needed as well, and runs something for another minute."""
+    idle = (Idle("i", 50, 90.0), Idle("j", 200, 9.0))
+    draining = node("a", 1.0, need=200, free=0, freeing=150, idle=idle[:1], freed=lambda mb, _: 60.0 if mb else 0.0)
+    assert isinstance(place([draining, node("b", 2.0)]), Placed)
+    choice = place([node("a", 1.0, need=200, free=0, freeing=150, idle=idle, freed=lambda mb, _: 60.0 if mb else 0.0)])
+    assert isinstance(choice, Evict)
+    assert choice.instances == ("j",), "enough without what is being freed"
+
+
+def test_nobody_has_to_move_where_the_rest_of_the_room_is_long_in_coming():
+    movable = (Movable("i", 50, 0, "c", 0.2),)
+    draining = node(
+        "a", 1.0, need=200, free=0, freeing=150, movable=lambda _: movable, freed=lambda mb, _: 60.0 if mb else 0.0
+    )
+    assert isinstance(place([draining]), Move)
+    assert isinstance(place([draining, node("b", 2.0)]), Placed)
 
 
 def test_nobody_has_to_go_for_less_than_estimates_are_off_by():
@@ -118,7 +137,7 @@ def test_what_has_not_served_for_long_enough_is_waited_for_unless_another_node_i
 
 def test_who_waits_though_there_is_room_elsewhere_looks_again_when_that_may_be_sooner():
     """A queue shortens by a second per second."""
-    choice = place([node("a", 1.0, need=200, free=50, freeing=150, freed=lambda: 1.2), node("b", 2.5)])
+    choice = place([node("a", 1.0, need=200, free=50, freeing=150, freed=lambda *_: 1.2), node("b", 2.5)])
     assert isinstance(choice, Full)
     assert choice.again == pytest.approx(0.3)
 
