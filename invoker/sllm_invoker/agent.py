@@ -131,7 +131,9 @@ class Agent:
         self.relay = Relay(core, endpoint, events, life=self.life, neighbours=neighbours, keys=keys)
         self.instances = Instances(place, self.relay, self._report)
         self.checks = Checks(place, self.relay, self._checked, self._progress, prefetch=config.prefetch)
-        self.requests = Requests(self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave)
+        self.requests = Requests(
+            self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave, self.runtime.on_gpu
+        )
         self._digests = await asyncio.to_thread(self.ingests.digests)
         self.tier.start()
         self.tier.expect(await asyncio.to_thread(self.ingests.largest))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import msgspec
 
 from sllm_faas import logging
 from sllm_faas.errors import BadRequest, Conflict, NotFound, SllmError, Unavailable, to_info
+from sllm_faas.spec import Tier
 from sllm_faas.wire.codec import pack
 from sllm_faas.wire.messages import Reply, Request
 from sllm_invoker.checkpoints.channel import Resident
@@ -47,12 +48,15 @@ class Requests:
         tier: MemoryTier,
         in_use: Callable[[], set[str]],
         leave: Callable[[], None],
+        on_gpu: Callable[[], Collection[str]] = tuple,
     ) -> None:
+        """`on_gpu`: digests of what is whole on a GPU that no instance holds."""
         self._leave = leave
         self._book = book
         self._store = store
         self._tier = tier
         self._in_use = in_use
+        self._on_gpu = on_gpu
         self._followers: dict[bytes, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,14 +100,17 @@ class Requests:
             pass  # whoever asked is gone
 
     async def _listing(self) -> list[dict[str, Any]]:
-        """What is on disk, and how much of it in memory. Without the store's process nothing is known of memory."""
+        """What is on disk, how much of it in memory, and the fastest tier where it is whole. Without the store's
+        process nothing is known of memory."""
         found = await asyncio.to_thread(listing, self._store)
         residents: dict[str, Resident] = {}
         with contextlib.suppress(Unavailable):
             residents = {each.digest: each for each in (await self._tier.look()).residents if each.state != "retiring"}
+        on_gpu = self._on_gpu()
         for item in found:
             resident = residents.get(item["digest"])
-            item["tier"] = "dram" if resident is not None and resident.state == "full" else "disk"
+            in_memory: Tier = "dram" if resident is not None and resident.state == "full" else "disk"
+            item["tier"] = "gpu" if item["digest"] in on_gpu else in_memory
             item["leases"] = resident.leases if resident is not None else 0
             item["loaded"] = resident.watermark if resident is not None else 0
         return found

@@ -292,7 +292,8 @@ async def test_the_node_tells_what_is_whole_in_memory_and_what_has_left_it(node,
 
 async def test_a_listing_tells_what_is_in_memory_and_removing_frees_it(node, a, b, tmp_path):
     store = CheckpointStore(tmp_path)
-    requests = Requests(LogBook(tmp_path / "logs", "n"), store, node.tier, set, lambda: None)
+    on_gpu: list[str] = []
+    requests = Requests(LogBook(tmp_path / "logs", "n"), store, node.tier, set, lambda: None, lambda: on_gpu)
 
     async def ask(op: str, body: dict[str, str]) -> dict[str, Any]:
         answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -306,6 +307,12 @@ async def test_a_listing_tells_what_is_in_memory_and_removing_frees_it(node, a, 
     size = a.manifest.total_bytes
     assert [listed[a.digest][key] for key in ("tier", "leases", "loaded", "bytes")] == ["dram", 1, size, size]
     assert [listed[b.digest][key] for key in ("tier", "leases", "loaded")] == ["disk", 0, 0]
+    on_gpu.append(a.digest)
+    listed = {item["digest"]: item for item in (await ask("checkpoint.list", {}))["checkpoints"]}
+    assert [(listed[each.digest]["tier"], listed[each.digest]["loaded"]) for each in (a, b)] == [
+        ("gpu", size),
+        ("disk", 0),
+    ]
     await reader.kill()
     await node.until_leases(a, 0)
     await ask("checkpoint.rm", {"ref": a.digest})
