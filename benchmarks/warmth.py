@@ -7,6 +7,9 @@ law; each is a language model with a checkpoint of its own. Three ways to keep t
     fixed     instances for a minute, every layer for ten
     layered   instances for a minute, every layer for as long as `containers.keepalive` says
 
+The first three have room for all layers. Then `layered` in less of it: where the libraries and a few templates fit,
+with one budget for all and with one for each kind, and where not even one template fits beside the libraries.
+
 Simulated over the whole trace by the production pool (`containers.pool`) on a virtual clock, with costs that are
 measured first on a running platform: what a layer takes to make and holds, what a start from each layer takes, what an
 instance holds for itself. Assumed there: an instance runs eight requests at once, a token takes `TOKEN` seconds, and
@@ -32,18 +35,18 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import httpx
-from sllm_invoker.containers.keepalive import BreakEven, Cost, Fixed, KeepAlive
+from sllm_invoker.containers.keepalive import Cost, Fixed
 from sllm_invoker.containers.pool import Pool
 from sllm_invoker.containers.tree import private_mb
 
 from benchmarks.common import ROOT, Platform, Report, arguments, percentile, platform_up, table
 from sllm_faas import layers
-from sllm_faas.spec import CheckpointSpec, FunctionSpec
+from sllm_faas.spec import CheckpointSpec, FunctionSpec, Warmth
 
 FUNCTIONS = 50
 ZIPF = 1.0
@@ -51,6 +54,8 @@ TOKEN = 0.02
 CONCURRENCY = 8
 CUT = 32
 LONG, SHORT = 600.0, 60.0
+ROOM = 10
+"""Templates that fit beside the libraries where room is short."""
 LLM = FunctionSpec("model", kind="llm", checkpoint=CheckpointSpec("x"))
 
 
@@ -93,9 +98,15 @@ class Outcome:
     warmth: Counter[str] = field(default_factory=Counter)
     mb_seconds: float = 0.0
     requests: int = 0
+    made: int = 0
+    """Layers above base that were made."""
 
 
 # -- simulated -----------------------------------------------------------------------------------------------
+
+
+Pages = tuple[str, int]
+"""What a layer holds that was made once: its key, and which making. Held until all that was forked from it is gone."""
 
 
 @dataclass(eq=False)
@@ -103,33 +114,39 @@ class Instance:
     running: int = 0
     idle: float = 0.0
     ready: float = 0.0
+    memory_mb: float = 0.0
+    """For itself alone."""
+    pages: frozenset[Pages] = frozenset()
+    """Of the layers that it was forked through."""
 
 
-def simulate(requests: Sequence[Request], costs: Costs, keep: KeepAlive | None, window: float) -> Outcome:
-    """One node with room for all. `keep` None: no layers above base."""
+def simulate(requests: Sequence[Request], costs: Costs, pool: Pool, window: float) -> Outcome:
+    """One node with room for all instances, and as much for layers as `pool` says."""
     outcome = Outcome(requests=len(requests))
-    pool = Pool(keep=keep or Fixed(0.0), budget_mb=float("inf") if keep else 0.0)
-    mode = "layered" if keep else "off"
     pool.admit(layers.path(LLM, "")[0], costs.layer["base"], 0.0)
     instances: dict[int, list[Instance]] = defaultdict(list)
-    alive = 0
+    pages: dict[str, frozenset[Pages]] = {layers.BASE: frozenset()}
+    """Held by each layer that was made last."""
     order = count()
     ends: list[tuple[float, int, int, Instance]] = []
     now = 0.0
 
     def advance(to: float) -> None:
         """Second by second: the invoker's own tidying, and the memory held meanwhile."""
-        nonlocal now, alive
+        nonlocal now
         while now < to:
             step = min(1.0, to - now)
-            outcome.mb_seconds += step * (pool.memory_mb() + alive * costs.instance[mode])
+            alive = [one for known in instances.values() for one in known]
+            held = {*chain(*(one.pages for one in alive), *(pages[key] for key in pool.layers()))}
+            shared = sum(costs.layer[key.split(":")[0]].memory_mb for key, _ in held)
+            outcome.mb_seconds += step * (shared + sum(one.memory_mb for one in alive))
             now += step
             for key in pool.surplus(now):
                 pool.leave(key)
             for function, known in instances.items():
-                kept = [one for one in known if one.running or one.ready > now or now - one.idle < window]
-                alive -= len(known) - len(kept)
-                instances[function] = kept
+                instances[function] = [
+                    one for one in known if one.running or one.ready > now or now - one.idle < window
+                ]
 
     def finish_until(to: float) -> None:
         while ends and ends[0][0] <= to:
@@ -144,13 +161,9 @@ def simulate(requests: Sequence[Request], costs: Costs, keep: KeepAlive | None, 
         known = instances[request.function]
         one = next((one for one in known if one.running < CONCURRENCY), None)
         if one is None:
-            path = pool.within(layers.path(LLM, f"model-{request.function}"))
-            seconds, warmth = _start(pool, path, costs, now)
-            one = Instance(ready=now + seconds)
+            path = layers.path(LLM, f"model-{request.function}")
+            one = _start(pool, path, pages, costs, now, outcome)
             known.append(one)
-            alive += 1
-            outcome.starts.append(seconds)
-            outcome.warmth[warmth] += 1
         one.running += 1
         done = max(now, one.ready) + request.tokens * TOKEN
         heapq.heappush(ends, (done, next(order), request.function, one))
@@ -158,19 +171,55 @@ def simulate(requests: Sequence[Request], costs: Costs, keep: KeepAlive | None, 
     return outcome
 
 
-def _start(pool: Pool, path: Sequence[layers.Layer], costs: Costs, now: float) -> tuple[float, str]:
-    """Seconds a start takes through `path`, whose missing layers it makes, and the layer it began from."""
-    if len(path) == 1:
-        return costs.start["off"], "off"
-    warmest = pool.warmest(path)
-    assert warmest is not None
-    seconds = costs.start["template"]
-    for layer in path:
-        if layer.key not in pool:
-            seconds += costs.layer[layer.warmth].seconds
-            pool.admit(layer, costs.layer[layer.warmth], now)
-    pool.use(path, now)
-    return seconds, warmest.warmth
+def _start(
+    pool: Pool,
+    path: Sequence[layers.Layer],
+    pages: dict[str, frozenset[Pages]],
+    costs: Costs,
+    now: float,
+    outcome: Outcome,
+) -> Instance:
+    """A start through `path`. It makes the missing layers that are worth it; what the others would have done for it
+    takes it as long, and is memory of its own."""
+    if not pool.budget_mb:
+        seconds, memory, warmth = costs.start["off"], costs.instance["off"], "off"
+        held = frozenset[Pages]()
+    else:
+        warmest = pool.warmest(path)
+        assert warmest is not None
+        seconds, memory, warmth = costs.start["template"], costs.instance["layered"], warmest.warmth
+        through, held = pool.wanted(path, now), pages[warmest.key]
+        for layer in path[path.index(warmest) + 1 :]:
+            cost = costs.layer[layer.warmth]
+            seconds += cost.seconds
+            if layer in through:
+                pool.admit(layer, cost, now)
+                outcome.made += 1
+                held = pages[layer.key] = held | {(layer.key, outcome.made)}
+            else:
+                memory += cost.memory_mb
+        pool.use(path, now)
+    outcome.starts.append(seconds)
+    outcome.warmth[warmth] += 1
+    return Instance(ready=now + seconds, memory_mb=memory, pages=held)
+
+
+def pools(costs: Costs) -> dict[str, tuple[Pool, float]]:
+    """What is simulated: how layers are kept, and for how many seconds instances are."""
+    libs, template = costs.layer["libs"].memory_mb, costs.layer["template"].memory_mb
+    room, short = libs + ROOM * template, libs + template / 2
+    few: dict[Warmth, float] = {"libs": libs, "template": room - libs}
+    fewer: dict[Warmth, float] = {"template": (room - libs) / 2}
+    return {
+        "off": (Pool(budget_mb=0.0), LONG),
+        "off, one minute": (Pool(budget_mb=0.0), SHORT),
+        "fixed": (Pool(keep=Fixed(LONG)), SHORT),
+        "layered": (Pool(), SHORT),
+        f"layered, {room:.0f} MiB": (Pool(budget_mb=room), SHORT),
+        f"{room:.0f} MiB, split": (Pool(budget_mb=room, budgets=few), SHORT),
+        f"{room:.0f} MiB, half for templates": (Pool(budget_mb=room, budgets=fewer), SHORT),
+        f"layered, {short:.0f} MiB": (Pool(budget_mb=short), SHORT),
+    }
 
 
 # -- real ----------------------------------------------------------------------------------------------------
@@ -317,11 +366,12 @@ def row(name: str, outcome: Outcome) -> list[object]:
         *shown,
         f"{sum(starts):.0f}",
         f"{outcome.mb_seconds / 1024:.0f}",
+        outcome.made or "",
         kinds,
     ]
 
 
-HEADER = ("", "requests", "starts", "p50 s", "p95 s", "p99 s", "sum s", "GiB·s", "began from")
+HEADER = ("", "requests", "starts", "p50 s", "p95 s", "p99 s", "sum s", "GiB·s", "made", "began from")
 
 
 def main() -> int:
@@ -339,12 +389,7 @@ def main() -> int:
         print(f"  a start from {kind}: {seconds:.3f} s")
     print("  an instance: " + ", ".join(f"{mode} {mb:.0f} MiB" for mode, mb in costs.instance.items()) + "\n")
     requests = trace(options.trace, 900.0 if options.quick else float("inf"))
-    results = {
-        "off": simulate(requests, costs, None, LONG),
-        "off, one minute": simulate(requests, costs, None, SHORT),
-        "fixed": simulate(requests, costs, Fixed(LONG), SHORT),
-        "layered": simulate(requests, costs, BreakEven(), SHORT),
-    }
+    results = {name: simulate(requests, costs, pool, window) for name, (pool, window) in pools(costs).items()}
     print(f"Simulated, {requests[-1].at:.0f} s of the trace, {FUNCTIONS} functions:")
     table(HEADER, [row(name, outcome) for name, outcome in results.items()])
     if options.real:

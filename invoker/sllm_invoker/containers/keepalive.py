@@ -56,6 +56,12 @@ class Usage:
         self.total = self.total * FADE + wait
         self.last = now
 
+    def noted(self, now: float) -> Usage:
+        """As it will be once it is used now."""
+        after = Usage(self.last, self.counts, self.total)
+        after.note(now)
+        return after
+
     def rate(self) -> float:
         """Uses per second over the remembered waits; 0 while there is none."""
         return sum(self.counts) / self.total if self.total > 0 else 0.0

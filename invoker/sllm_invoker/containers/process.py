@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -186,6 +187,8 @@ class ProcessRuntime:
         self._cgroups.clean()
         self._groups: dict[int, str] = {}
         """By process that was forked ahead and is no instance yet."""
+        self._said_short: dict[str, float] = {}
+        """By kind of layer whose budget is too small, "" for the whole: the MiB that were said to be needed."""
         self._closed = False
         self._sweeper: asyncio.Task[int] | None = None
         self._refilling: set[asyncio.Task[None]] = set()
@@ -195,7 +198,7 @@ class ProcessRuntime:
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
         if spec.spec is not None and spec.spec.gpus:
             return await self._start_on_gpu(spec, on_event)
-        path = self.pool.within(_path(spec.spec, spec.object_dir))
+        path = _path(spec.spec, spec.object_dir)
         warmest = self.pool.warmest(path)
         handle = ProcessHandle(self, spec, warmest.warmth if warmest else "cold", on_event)
         last: ZygoteDied | None = None
@@ -308,7 +311,7 @@ class ProcessRuntime:
     async def prepare(self, spec: FunctionSpec, object_dir: str) -> None:
         if spec.gpus:
             return  # a worker waits already
-        await self._zygote(self.pool.within(_path(spec, object_dir)), ContainerSpec("", b"", spec, object_dir))
+        await self._zygote(_path(spec, object_dir), ContainerSpec("", b"", spec, object_dir))
 
     def tidy(self) -> None:
         """End the zygotes that are not worth their memory any more, and make those again that died and are; workers of
@@ -319,6 +322,7 @@ class ProcessRuntime:
             self._tree.remove(pid)
         now = self._loop.time()
         for key in self.pool.surplus(now):
+            self._warn_if_short(key)
             self.pool.leave(key)
             self._recipes.pop(key, None)
             found = self._zygotes.pop(key, None)
@@ -335,13 +339,28 @@ class ProcessRuntime:
                 self._refilling.add(task)
                 task.add_done_callback(self._refilling.discard)
 
+    def _warn_if_short(self, key: str) -> None:
+        """Say once which budget would hold a layer that is ended; again where that would have to be larger still."""
+        short = self.pool.short(key)
+        if short is None or short.needed_mb <= self._said_short.get(short.kind, 0.0):
+            return
+        self._said_short[short.kind] = short.needed_mb
+        needed = math.ceil(short.needed_mb)
+        held, setting = (
+            (self.pool.budgets[short.kind], f"{short.kind}_mb") if short.kind else (self.pool.budget_mb, "layers_mb")
+        )
+        self._log.warning(
+            "layer_not_kept", layer=key, needs_mb=needed, budget_mb=round(held), setting=setting,
+            hint=f"Starts go without it. Give {setting} at least {needed} MiB for each invoker of this machine.",
+        )  # fmt: skip
+
     async def _refill(self, path: Sequence[Layer], spec: ContainerSpec | None) -> None:
         with contextlib.suppress(SllmError):  # told to whoever needs it next
             await self._reach(path, spec)
 
     async def _zygote(self, path: Sequence[Layer], spec: ContainerSpec | None) -> tuple[ZygoteLink, tuple[Made, ...]]:
-        """`_reach`, for an instance or a deployment: a use of every layer."""
-        found = await self._reach(path, spec)
+        """`_reach`, for an instance or a deployment, as far as layers are worth it: a use of all of `path`."""
+        found = await self._reach(self.pool.wanted(path, self._loop.time(), self._making), spec)
         self.pool.use(path, self._loop.time())
         return found
 
