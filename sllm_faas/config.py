@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_faas.errors import BadSpec, Conflict
-from sllm_faas.spec import MAX_PAYLOAD
+from sllm_faas.spec import MAX_PAYLOAD, Warmth
 
 FILE_NAME = "sllm.toml"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -75,6 +75,10 @@ def _dram(value: int) -> str:
     return "" if -1 <= value <= 64 * 1024 * 1024 else "-1 (a quarter of memory_mb), 0 (none), or up to 67108864 MiB"
 
 
+def _kind(value: int) -> str:
+    return "" if -1 <= value <= 64 * 1024 * 1024 else "-1 (all of layers_mb), 0 (none), or up to layers_mb"
+
+
 def _setting(default: Any, help_: str, check: Check = _anything, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help_, "check": check, **metadata})
 
@@ -101,6 +105,10 @@ class Config:
     layers_mb: int = _setting(
         -1, "MiB of memory that keep warmth layers; -1: an eighth of memory_mb; 0: none above base", _dram
     )
+    libs_mb: int = _setting(-1, "MiB of layers_mb that imported libraries may take; -1: all; 0: none is kept", _kind)
+    template_mb: int = _setting(
+        -1, "MiB of layers_mb that templates of models may take; -1: all; 0: none is kept", _kind
+    )
     prefetch: bool = _setting(True, "read checkpoints into free memory when a version is deployed")
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")
@@ -115,6 +123,8 @@ class Config:
         object.__setattr__(self, "state_dir", Path(os.path.abspath(os.path.expanduser(self.state_dir))))  # noqa: PTH100, PTH111 - resolve() would follow links
         for item in dataclasses.fields(self):
             _validate(item, getattr(self, item.name), "")
+            if item.name in ("libs_mb", "template_mb") and 0 <= self.layers_mb < getattr(self, item.name):
+                raise _bad(item, getattr(self, item.name), f"-1, or up to layers_mb ({self.layers_mb})", "")
 
     # -- derived ---------------------------------------------------------------------------------------------
 
@@ -213,6 +223,12 @@ class Config:
     def node_layers_mb(self) -> int:
         """MiB of memory in which one invoker keeps warmth layers."""
         return self.node_memory_mb // 8 if self.layers_mb < 0 else self.layers_mb // max(1, self.invokers)
+
+    @property
+    def node_layer_budgets(self) -> dict[Warmth, float]:
+        """MiB of memory in which one invoker keeps the layers of each kind that has a budget of its own."""
+        given: dict[Warmth, int] = {"libs": self.libs_mb, "template": self.template_mb}
+        return {kind: value // max(1, self.invokers) for kind, value in given.items() if value >= 0}
 
     # -- making, writing, reading ----------------------------------------------------------------------------
 

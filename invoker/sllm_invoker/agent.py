@@ -103,7 +103,7 @@ class Agent:
         become_subreaper()
         self._loop = asyncio.get_running_loop()
         self._tree = tree.Tree(self.directory)
-        layers = Pool(budget_mb=config.node_layers_mb)
+        layers = Pool(budget_mb=config.node_layers_mb, budgets=config.node_layer_budgets)
         probe = await asyncio.to_thread(nvml.probe)
         self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers, probe=probe)
         self.book = LogBook(config.logs_dir, name)
@@ -239,6 +239,8 @@ class Agent:
         if report.state != "starting":
             self._tell_stats()  # first: what a start left in memory is known when it is known to be over
         self.uplink.send(Header(Type.INSTANCE), report)
+        if report.state == "ready":
+            self._stats = None  # its layers count as kept from now on: the next tick says which are
 
     def _checked(self, checked: Checked) -> None:
         self._digests = tuple(sorted({*self._digests, *checked.checkpoints.values()}))

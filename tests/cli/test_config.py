@@ -62,6 +62,8 @@ def test_flag_beats_environment_beats_file_beats_default(
         ("listen", "ipc:///tmp/x"),
         ("memory_mb", -1),
         ("memory_mb", 63),
+        ("libs_mb", -2),
+        ("template_mb", 2**40),
         ("log_level", "loud"),
         ("open_invoke", "maybe"),
         ("open_invoke", 1),
@@ -90,6 +92,14 @@ def test_a_bad_value_is_named_with_what_is_allowed_and_its_source(tmp_path: Path
     assert f"flag --{name.replace('_', '-')}" in said
     assert "allowed: " in said
     assert repr(value) in said or name == "join"
+
+
+def test_each_kind_of_layer_may_have_a_part_of_what_layers_have() -> None:
+    config = Config(layers_mb=2000, libs_mb=1000, template_mb=0, invokers=2)
+    assert (config.node_layers_mb, config.node_layer_budgets) == (1000, {"libs": 500, "template": 0})
+    assert Config(layers_mb=2000).node_layer_budgets == {}
+    with pytest.raises(BadSpec, match=r"template_mb is 2001; allowed: -1, or up to layers_mb \(2000\)"):
+        Config(layers_mb=2000, template_mb=2001)
 
 
 @pytest.mark.parametrize(
