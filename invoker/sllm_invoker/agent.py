@@ -304,6 +304,8 @@ class Agent:
                 self.relay.migrate(frame.body)
             case Type.CHECK:
                 self.checks.check(frame.body)
+            case Type.UNCHECK:
+                self.checks.end(frame.body)
             case Type.INGEST:
                 task = self._loop.create_task(self._ingest(frame.body))
                 self._tasks.add(task)

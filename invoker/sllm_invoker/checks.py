@@ -13,7 +13,7 @@ from dataclasses import replace
 from sllm_faas import logging
 from sllm_faas.errors import ErrorInfo, SllmError, StartFailed, to_info
 from sllm_faas.spec import Target
-from sllm_faas.wire.messages import Check, Checked, Progress
+from sllm_faas.wire.messages import Check, Checked, Progress, Uncheck
 from sllm_invoker import secrets
 from sllm_invoker.container import Container, NotReady, Place, code_of
 from sllm_invoker.containers.base import ContainerSpec
@@ -41,6 +41,8 @@ class Checks:
         self._done = done
         self._progress = progress
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        """Those that nobody waits for any more: they may take a moment."""
         self._containers: dict[bytes, Container] = {}
         self._count = 0
 
@@ -56,7 +58,21 @@ class Checks:
         if key not in self._running:
             task = asyncio.get_running_loop().create_task(self._run(check))
             self._running[key] = task
-            task.add_done_callback(lambda _: self._running.pop(key, None))
+            task.add_done_callback(lambda task: self._over(key, task))
+
+    def end(self, uncheck: Uncheck) -> None:
+        """Nobody waits for that version's check any more: there will be no answer, and what it does ends. Asked for
+        again from now on, it is another."""
+        for key, task in list(self._running.items()):
+            if key.partition(" ")[0] == f"{uncheck.app}@{uncheck.version}":
+                del self._running[key]
+                self._ending.add(task)
+                task.cancel()
+
+    def _over(self, key: str, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        if self._running.get(key) is task:
+            del self._running[key]
 
     async def _run(self, check: Check) -> None:
         digests: dict[str, str] = {}

@@ -15,6 +15,7 @@ from sllm_faas.wire.messages import (
     Start,
     Stop,
     TargetFailed,
+    Uncheck,
 )
 
 
@@ -36,6 +37,11 @@ class SendStop(msgspec.Struct, frozen=True):
 class SendCheck(msgspec.Struct, frozen=True):
     node: str
     body: Check
+
+
+class SendUncheck(msgspec.Struct, frozen=True):
+    node: str
+    body: Uncheck
 
 
 class PublishFunctions(msgspec.Struct, frozen=True):
@@ -132,6 +138,7 @@ Command = (
     | SendHasten
     | SendStop
     | SendCheck
+    | SendUncheck
     | PublishFunctions
     | PublishNode
     | WithdrawNode

@@ -17,6 +17,7 @@ from sllm_faas.controller.commands import (
     ForgetVersions,
     PublishFunctions,
     SendCheck,
+    SendUncheck,
     StoreActivation,
     StoreFailure,
 )
@@ -24,7 +25,7 @@ from sllm_faas.controller.ledger import Ledger, resolve
 from sllm_faas.controller.model import App, Version, VersionState, key_of
 from sllm_faas.errors import Conflict, ErrorInfo, IllegalTransition, Unavailable, to_info
 from sllm_faas.spec import AppSpec, Target
-from sllm_faas.wire.messages import Check, FunctionRoute
+from sllm_faas.wire.messages import Check, FunctionRoute, Uncheck
 
 CHECK_WAIT = 30.0
 """Seconds a check waits for a node to run on."""
@@ -54,13 +55,14 @@ class Deployments:
         state = cast(VersionState, tables.move(tables.VERSION, name, known.state if known else "absent", "added"))
         if app is None:
             app = self.state.apps[event.app] = App(event.app)
-        self._supersede(app, f"version {event.number}")
+        before = self._supersede(app, f"version {event.number}")
         version = Version(
             event.app, event.number, event.spec, state, event.created, deadline=self.ledger.now + CHECK_WAIT
         )
         app.versions[event.number] = version
         app.pending = event.number
         self._assign_check(version)
+        self._end_check(before)  # last: what it is bringing may be what this one needs
 
     def _assign_check(self, version: Version) -> None:
         """Hand the check to the node with the fewest instances; it waits when there is none."""
@@ -91,6 +93,7 @@ class Deployments:
         """Its check is past its deadline."""
         if version.check_node:
             text = f"the import check on {version.check_node} did not end within {CHECK_LIMIT:g} s"
+            self._end_check(_check_of(version))
         else:
             text = f"no node joined within {CHECK_WAIT:g} s to run the import check"
         self._fail(version, "failed", to_info(Unavailable(text, hint="See `sllm node list`.")))
@@ -140,7 +143,7 @@ class Deployments:
         app = self.state.apps[app_name]
         deployed = version.state == "warming"
         if not deployed:
-            self._supersede(app, f"a rollback to version {number}")
+            self._end_check(self._supersede(app, f"a rollback to version {number}"))
         version.state, version.storing, version.error = cast(VersionState, state), False, None
         before = app.versions.get(app.active)
         app.active = number
@@ -161,13 +164,22 @@ class Deployments:
         if version is not None and version.storing:
             self._fail(version, "failed", error)
 
-    def _supersede(self, app: App, by: str) -> None:
+    def _supersede(self, app: App, by: str) -> SendUncheck | None:
+        """Returns what tells the node that checks it, if one does."""
         version = app.versions.get(app.pending)
         app.pending = 0
         # One whose switch is with the store already is past recall: it will serve for a moment.
         if version is not None and not version.storing:
             error = Conflict(f"version {version.number} of {app.name} was superseded by {by} before it was ready")
+            check = _check_of(version)
             self._fail(version, "superseded", to_info(error))
+            return check
+        return None
+
+    def _end_check(self, check: SendUncheck | None) -> None:
+        """Nobody waits for it any more: it may be bringing many gigabytes."""
+        if check is not None:
+            self.ledger.emit(check)
 
     def _fail(self, version: Version, event: str, error: ErrorInfo) -> None:
         """End a deployment; what serves goes on serving."""
@@ -201,7 +213,7 @@ class Deployments:
         app = self.state.apps.get(name)
         if app is None:
             raise IllegalTransition(f"app {name} is absent: event 'AppDeleted' is not possible")
-        self._supersede(app, "the deletion of the app")
+        self._end_check(self._supersede(app, "the deletion of the app"))
         for version in app.versions.values():
             if version.storing:
                 error = Conflict(f"{name} was deleted while version {version.number} was being deployed")
@@ -275,6 +287,11 @@ class Deployments:
         sizes = {digest: self.state.sizes.get(digest, 0) for digest in version.digests.values()}
         self.ledger.emit(Advance(version.app, version.number, "switch", "switching to it"))
         self.ledger.emit(StoreActivation(version.app, version.number, dict(version.digests), sizes))
+
+
+def _check_of(version: Version) -> SendUncheck | None:
+    """What ends its check; None: no node runs one."""
+    return SendUncheck(version.check_node, Uncheck(version.app, version.number)) if version.check_node else None
 
 
 def _kept(version: Version) -> list[Target]:

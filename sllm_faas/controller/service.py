@@ -247,6 +247,8 @@ class Controller:
             case cmd.SendCheck(node, body):
                 self._to_node(node, Type.CHECK, body)
                 self.log.info("check", app=body.app.name, version=body.version, node=node)
+            case cmd.SendUncheck(node, body):
+                self._to_node(node, Type.UNCHECK, body)
             case cmd.PublishFunctions(app, functions, gone):
                 self.routes.set_functions(app, functions, gone)
             case cmd.PublishNode(info):

@@ -84,6 +84,7 @@ class Type(IntEnum):
     LEAVING = 61  # invoker -> controller: (no body) the node was given notice; take from it what runs
     KEYS = 62  # controller -> invoker: the public keys to be let in, after WELCOME and whenever they change
     HASTEN = 63  # controller -> invoker: somebody waits by now for a start that was ahead of need
+    UNCHECK = 68  # controller -> invoker: nobody waits for a CHECK any more
 
     # controller <-> gateway
     ROUTES = 64  # the whole table

@@ -335,6 +335,14 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Uncheck:
+    """Nobody waits for the check of that version any more: it ends, and what it has brought here so far stays."""
+
+    app: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checked:
     app: str
     version: int
@@ -554,6 +562,7 @@ BODIES: dict[Type, type] = {
     Type.STOP: Stop,
     Type.HASTEN: Hasten,
     Type.CHECK: Check,
+    Type.UNCHECK: Uncheck,
     Type.CHECKED: Checked,
     Type.INGEST: Ingest,
     Type.INGESTED: Ingested,

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sllm_invoker.checkpoints import remote
 from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.checks import Checks
 from sllm_invoker.containers.tree import Tree, recorded
 from sllm_invoker.ingests import Ingests
 
 from sllm_faas.errors import CheckpointCorrupt
 from sllm_faas.spec import CheckpointSpec
+from sllm_faas.wire.messages import Check, Progress, Uncheck
 from tests.checkpoints.model_server import WEIGHTS, Server, serving
+from tests.controller.fakes import app, llm
 
 
 async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(filled: CheckpointStore, tmp_path: Path):
@@ -88,6 +93,31 @@ async def test_a_pull_that_nobody_waits_for_any_more_ends_and_the_next_goes_on(i
     await all_ended()
     assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
     assert not recorded(tmp_path)
+
+
+async def test_a_pull_ends_with_the_check_of_a_version_that_was_superseded(ingests, server, source, tmp_path):
+    under_way, answers = asyncio.Event(), []
+    before = (source / "config.json").stat().st_size
+
+    def report(step: Progress) -> None:
+        if step.stage == "fetch" and step.done > before:
+            under_way.set()
+
+    class Runtime:
+        async def prepare(self, *_: object) -> None:
+            """Its libraries are there."""
+
+    place: Any = SimpleNamespace(ingests=ingests, runtime=Runtime())
+    relay: Any = None
+    checks = Checks(place, relay, answers.append, report)
+    checks.check(Check(app(llm(source=server.url)), 1))
+    await under_way.wait()
+    assert recorded(tmp_path)
+    checks.end(Uncheck("app", 1))
+    await all_ended()
+    assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
+    assert not recorded(tmp_path)
+    assert not answers
     assert not list((ingests.store.root / "objects").iterdir())
 
     server.go_on()

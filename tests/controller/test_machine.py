@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
+from sllm_faas.controller.deployments import CHECK_LIMIT
 from sllm_faas.controller.model import key_of
 from sllm_faas.errors import ErrorInfo
 from sllm_faas.spec import Scaling, Target
-from sllm_faas.wire.messages import Checked, InstanceReport, TargetDemand
+from sllm_faas.wire.messages import Checked, InstanceReport, TargetDemand, Uncheck
 from tests.controller.fakes import app, function, llm
 from tests.controller.story import F, deliver, deploy, fail_start, running, settle, world
 from tests.controller.world import DIGEST, FAILED, World
@@ -70,8 +73,29 @@ def test_a_newer_deployment_supersedes_the_one_under_way():
     made.feed(ev.VersionAdded("app", 2, app(function(concurrency=2))))
     ended = made.sent(cmd.DeployEnded)[0]
     assert (ended.number, ended.error.code) == (1, "conflict")
+    assert made.sent(cmd.SendUncheck) == [cmd.SendUncheck("node-0", Uncheck("app", 1))], "it may pull for long"
+    order = [command for command in made.commands if isinstance(command, cmd.SendCheck | cmd.SendUncheck)]
+    assert [command.body.version for command in order] == [1, 2, 1], "and what it pulls may be needed by this one"
     settle(made)
+    assert len(made.sent(cmd.SendUncheck)) == 1
     assert made.machine.state.apps["app"].active == 2
+
+
+@pytest.mark.parametrize("end", ["deleted", "late", "failed", "warming"])
+def test_a_check_that_nobody_waits_for_any_more_is_ended_where_it_runs(end):
+    made = world()
+    made.feed(ev.VersionAdded("app", 1, app(function(min_containers=1))))
+    assert not made.sent(cmd.SendUncheck)
+    if end == "late":
+        made.tick(CHECK_LIMIT)
+    elif end == "failed":
+        made.feed(ev.VersionChecked("node-0", Checked("app", 1, FAILED)))
+    elif end == "warming":
+        made.feed(ev.VersionChecked("node-0", Checked("app", 1)))
+    made.feed(ev.AppDeleted("app"))
+    assert made.sent(cmd.SendUncheck) == (
+        [cmd.SendUncheck("node-0", Uncheck("app", 1))] if end in ("deleted", "late") else []
+    )
 
 
 def test_a_switch_that_is_with_the_store_is_not_superseded():
