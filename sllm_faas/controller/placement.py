@@ -315,21 +315,30 @@ P = TypeVar("P", bound=Part)
 def _cheapest_eviction(node: Candidate, costs: Costs, *, ending: bool) -> tuple[float, tuple[Idle, ...]] | None:
     """As `cheapest_idle`, with its cost, which is no less than the time that the rest of the room takes to come. Where
     that is what it costs, those that are enough without may be cheaper."""
-    idle = cheapest_idle(node, costs, ending=ending)
+    parts = _longest_first(node)
+    idle = _enough_idle(node, parts, costs, ending=ending)
     if not idle:
         return None
     harm, seconds = sum(map(costs.of, idle)), node.room_in(idle)
-    if harm < seconds and (others := cheapest_idle(node, costs, ending=False)):
+    if harm < seconds and (others := _enough_idle(node, parts, costs, ending=False)):
         more = sum(map(costs.of, others))
         if more < seconds:
             return more, others
     return max(harm, seconds), idle
 
 
-def cheapest_idle(node: Candidate, costs: Costs = DEFAULT, *, ending: bool = True) -> tuple[Idle, ...]:
-    """Whom to stop, the longest idle among equals, if what is `ending` there is waited for too, or only for these;
-    empty: that would not be enough."""
-    parts = sorted(node.idle(), key=lambda item: (-item.seconds, item.instance))
+def cheapest_idle(node: Candidate, costs: Costs = DEFAULT) -> tuple[Idle, ...]:
+    """Whom to stop, the longest idle among equals, if what is ending there is waited for too; empty: that would not be
+    enough."""
+    return _enough_idle(node, _longest_first(node), costs, ending=True)
+
+
+def _longest_first(node: Candidate) -> list[Idle]:
+    return sorted(node.idle(), key=lambda item: (-item.seconds, item.instance))
+
+
+def _enough_idle(node: Candidate, parts: Sequence[Idle], costs: Costs, *, ending: bool) -> tuple[Idle, ...]:
+    """The cheapest of these that are enough, with what is `ending` or by themselves."""
     if not parts:
         return ()
     coming_mb, coming_gpus = (0, 0) if ending else (node.freeing_mb, node.freeing_gpus)
