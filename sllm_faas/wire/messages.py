@@ -28,8 +28,9 @@ class InstanceReport:
     """What an invoker knows of one of its instances: sent on every change, and all of them in `Hello`.
 
     `number` is its `route` on this invoker. `timeline` is that of its start, complete once ready; its spans are
-    libs and template where those layers were missing (detail: made, or awaited), fork, checkpoint, import/attach,
-    enter …, with the checkpoint's tier and GB/s in their details.
+    libs and template where those layers were missing (detail: made, or awaited; a template that the node does not keep
+    is made by the instance), fork, checkpoint, import/attach, enter …, with the checkpoint's tier and GB/s in their
+    details.
     """
 
     instance: str

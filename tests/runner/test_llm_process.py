@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ MODEL = Path(__file__).parents[2] / "examples" / "counting" / "model"
 METHODS = (MethodSpec("chat", stream=True), MethodSpec("complete", stream=True), MethodSpec("embed"))
 
 
-@pytest.fixture(scope="module")
-def counting() -> Iterator[Runner]:
+@contextmanager
+def started_from(module: str) -> Iterator[Runner]:
+    """An instance of the counting model."""
     with tempfile.TemporaryDirectory(prefix="sllm-") as name:
         directory = Path(name)
         store = CheckpointStore(directory / "store")
@@ -34,9 +36,15 @@ def counting() -> Iterator[Runner]:
             specs=(FunctionSpec("counting", "llm", methods=METHODS, checkpoint=CheckpointSpec("c"), concurrency=4),),
             object_dir=str(store.get("counting").directory),
         )
-        with started(config, directory, module="tests.runner.forked") as runner:
+        with started(config, directory, module=module) as runner:
             runner.ready()
             yield runner
+
+
+@pytest.fixture(scope="module")
+def counting() -> Iterator[Runner]:
+    with started_from("tests.runner.forked") as runner:
+        yield runner
 
 
 def ask(r: Runner, method: str, credit: int = NO_LIMIT, resume: bytes = b"", outputs: int = 0, **fields: Any) -> bytes:
@@ -57,6 +65,15 @@ def test_it_says_what_it_attached(counting: Runner) -> None:
     spans = {span.name: span for span in counting.ready().body.timeline.spans}
     assert list(spans) == ["import", "attach"]
     assert "tensors" in spans["attach"].detail
+
+
+def test_without_a_template_it_makes_its_own_and_says_how_long_that_took() -> None:
+    with started_from("sllm_invoker.runner.main") as runner:
+        spans = {span.name: span for span in runner.ready().body.timeline.spans}
+        assert list(spans) == ["import", "template", "attach"]
+        assert spans["template"].detail == "made" and spans["template"].seconds > 0
+        call = ask(runner, "chat", messages=({"role": "user", "content": "41 42 43"},), max_tokens=3)
+        assert text(runner, call).split() == ["44", "45", "46"]
 
 
 def test_it_counts_on(counting: Runner) -> None:

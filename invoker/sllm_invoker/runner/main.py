@@ -158,7 +158,10 @@ class _Process:
     def _serve_llm(self) -> None:
         config = self._config
         with self._clock.span("import"):
-            from sllm_invoker.runner import llm
+            from sllm_invoker.runner import llm, template
+        if not (config.spec.gpus or template.prepared()):
+            with self._clock.span("template", ["made"]):  # as a zygote would have: a layer that was missing
+                template.build(config.spec, config.object_dir)
         detail: list[str] = []
         with self._clock.span("attach", detail):
             model = llm.open_model(config.spec, config.object_dir, config.weights, config.kept)

@@ -107,16 +107,28 @@ def _rehearse(skeleton: Skeleton, small: Any) -> None:
 def take_skeleton(spec: FunctionSpec, object_dir: str) -> Skeleton:
     """The skeleton made before the fork, or one made now. Raises what `attach.prepare` raises."""
     global _skeleton
+    if _skeleton is None:
+        build(spec, object_dir)
     prepared, _skeleton = _skeleton, None
-    if prepared is not None:
-        return prepared
+    assert prepared is not None
+    return prepared
+
+
+def prepared() -> bool:
+    """Whether there is a skeleton to take."""
+    return _skeleton is not None
+
+
+def build(spec: FunctionSpec, object_dir: str) -> None:
+    """`prepare` in an instance whose zygote is no template. Raises what `attach.prepare` raises."""
+    global _skeleton
     import torch
 
     from sllm_invoker.runner import attach
 
     threads = torch.get_num_threads()
     try:
-        return attach.prepare(Path(object_dir), _adapters(spec, object_dir))
+        _skeleton = attach.prepare(Path(object_dir), _adapters(spec, object_dir))
     finally:
         torch.set_num_threads(threads)  # nothing is forked from here: `prepare` left one
 
