@@ -235,7 +235,7 @@ class Candidates:
     def _look_up(self, node: Node) -> Facts:
         book, name = self.state.book, node.name
         speed = estimate.bandwidth(book, node.info.bandwidth, name, "disk")
-        facts = self._facts[name] = Facts(book.get(f"pace|{name}", 1.0), speed, {})
+        facts = self._facts[name] = Facts(estimate.pace_of(book, name), speed, {})
         return facts
 
     def _load(self, node: Node, tier: Tier, size: int) -> float:

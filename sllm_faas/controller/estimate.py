@@ -17,7 +17,7 @@ what all functions showed. The book is a plain `dict[str, float]`: it is stored,
     own|app/function|N   own|=libs|N     seconds, N starts at once (1, 2, 4, 8 ...)
     crowd||N     crowd|template|N        seconds that N at once take longer each than one; that a template takes longer
                                          to be made among so many
-    pace|node                            how many times longer than elsewhere it takes there
+    pace|node                            how many times longer than elsewhere it takes there; less than ALIKE is chance
     layer|key|first      layer|key   layer|warmth    seconds to make a layer, a template by itself; `first` of those a
                                          start makes: beside its read, which a later one most often is not
     rate|node|tier|size  rate|node|tier  bytes per second, by size class
@@ -49,6 +49,7 @@ WEIGHT = 0.2
 first time reads files that nobody has read."""
 PACE_WEIGHT = 0.05
 """Of what a start says about its node: little, for it says as much about its function."""
+ALIKE = 0.05
 TRUSTED = 5
 """Observations after which one that is far off counts only as far as ..."""
 OUTLIER = 3.0
@@ -166,7 +167,7 @@ def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: 
     """Of one start by itself."""
     making = max(0.0, making_seconds(book, start.missing, start.at_once) - start.awaited)
     load = start.size / bandwidth(book, calibrated, start.node, start.tier, start.size) if start.size else 0.0
-    pace = book.get(f"pace|{start.node}", 1.0)
+    pace = pace_of(book, start.node)
     one = known(book, start.function, start.libs)
     return one.estimate(start.warmth, start.tier, making, load, queue, pace, start.at_once)
 
@@ -185,6 +186,12 @@ def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int)
         return _among(book, OWN, crowd), False
     level, seconds = found
     return (seconds if level == crowd else _among(book, _by_itself(book, seconds, level), crowd)), True
+
+
+def pace_of(book: Mapping[str, float], node: str) -> float:
+    """Nodes that differ by no more than ALIKE are the same: what is chance must move nobody."""
+    pace = book.get(f"pace|{node}", 1.0)
+    return pace if abs(pace - 1.0) > ALIKE else 1.0
 
 
 def bandwidth(
@@ -228,7 +235,7 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
                 if warmth == "template" and crowd > 1 and known is not None:
                     _mix(book, f"crowd|template|{crowd}", max(0.0, span.seconds - known))
                 alone = _by_itself(book, span.seconds, crowd, warmth)
-                _mix_layer(book, f"layer|{warmth}", alone)
+                _mix(book, f"layer|{warmth}", alone)
                 if key:
                     _mix_layer(book, f"layer|{key}", alone)
                     if making == span.seconds:
@@ -265,10 +272,11 @@ def _learn_own(book: Book, start: Start, seconds: float, stalled: bool) -> None:
     known = _nearest(book, mine, crowd)
     if stalled and known is not None:
         return
-    pace = book.get(f"pace|{start.node}", 1.0)
+    key = f"pace|{start.node}"
+    seen, pace = book.get(key, 1.0), pace_of(book, start.node)
     if known is not None and known[0] == crowd and known[1] > 0 and book[f"#{mine}|{crowd}"] >= TRUSTED:
-        off = min(1.5, max(0.67, seconds / (known[1] * pace)))
-        book[f"pace|{start.node}"] = pace * (1.0 + PACE_WEIGHT * (off - 1.0))
+        off = min(1.5, max(0.67, seconds / (known[1] * seen)))
+        book[key] = seen * (1.0 + PACE_WEIGHT * (off - 1.0))
     if crowd > 1 and (alone := book.get(f"{mine}|1")) is not None:
         _mix(book, f"crowd||{crowd}", max(0.0, seconds / pace - alone))
     _mix(book, f"{mine}|{crowd}", seconds / pace)

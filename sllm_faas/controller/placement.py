@@ -7,10 +7,9 @@ For every candidate node, cheapest first, in estimated seconds to the first toke
     idle instances can go              + Costs.eviction and a part of each one's own start, cheapest set of them
     busy instances can move elsewhere  + the longest of their moves and Costs.move each (where moving is offered)
 
-Where those two take, beside what goes, room that is being freed, they cost no less than the seconds until it is. What
-harms others is charged for how unsure estimates are as well: two nodes that differ by less are alike. Where no node
-has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then that is
-waited for, but together no longer than that way would take.
+Where those two take, beside what goes, room that is being freed, they cost no less than the seconds until it is. Where
+no node has room, a slot of its own instances may be nearer than the cheapest of those ways that harm others: then that
+is waited for, but together no longer than that way would take.
 
 Admission: an instance needs its private memory, its accelerators, and its checkpoint's bytes once per node however
 many instances share them. A node whose memory is unknown (0) admits everything.
@@ -53,14 +52,13 @@ class Costs:
 
     `eviction`: each instance that must go, about as long as its end takes; and the `reload` share of the time that
     starting it again there takes, less the longer it has been idle: half of it after `horizon` seconds. `move`: each
-    that moves, a pause to its caller. `unsure`: the part of an estimate that it may be off by.
+    that moves, a pause to its caller.
     """
 
     eviction: float = 0.01
     reload: float = 0.001
     move: float = 0.05
     horizon: float = 10.0
-    unsure: float = 0.05
 
     def of(self, item: Idle) -> float:
         """Of ending it, with the wait until it may go: it is missed the less the longer nobody has."""
@@ -269,14 +267,13 @@ def place(candidates: Iterable[Candidate], costs: Costs = DEFAULT, own_slot: Own
             ways.append((total + freed, "waiting for room on", node.name))
             if total + freed < best:
                 way, best, harms = partial(_wait, node, freed), total + freed, False
-        sure = total * (1.0 + costs.unsure)
-        if sure + costs.eviction < best and (found := _cheapest_eviction(node, costs, ending=freed == inf)):
-            cost, idle = sure + found[0], found[1]
+        if total + costs.eviction < best and (found := _cheapest_eviction(node, costs, ending=freed == inf)):
+            cost, idle = total + found[0], found[1]
             ways.append((cost, "eviction on", node.name))
             if cost < best:
                 way, best, harms = partial(_evict, node, idle), cost, True
         elif freed == inf:
-            busy.append((sure, node))
+            busy.append((total, node))
     for total, node in busy[:MOVES]:  # last, because this question is the dearest: most need not be asked it any more
         limit = best - total - costs.move
         if limit > 0 and (moves := cheapest_moves(node, costs, limit)):

@@ -37,7 +37,7 @@ from sllm_faas.controller.placement import (
     place,
 )
 
-FREE = Costs(eviction=0.0, reload=0.0, move=0.0, unsure=0.0)
+FREE = Costs(eviction=0.0, reload=0.0, move=0.0)
 
 
 class _Blind(ABC):

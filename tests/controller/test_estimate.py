@@ -95,6 +95,14 @@ def test_the_first_layer_a_start_makes_is_told_from_a_later_one():
     assert 3.2 < e.making_seconds(book, (LIBS, TEMPLATE)) < 3.5
 
 
+def test_nodes_whose_pace_differs_by_little_are_alike():
+    book: e.Book = {}
+    learn(book, PLAIN, 1.0)
+    for pace, expected in ((0.96, 1.0), (1.04, 1.0), (1.06, 1.06), (0.9, 0.9)):
+        book["pace|n"] = pace
+        assert total(book, PLAIN) == pytest.approx(expected)
+
+
 def test_a_layer_that_was_held_up_counts_for_twice_what_it_takes_at_most():
     book: e.Book = {}
     for seconds in (0.2, 2.0):

@@ -109,13 +109,6 @@ def test_nobody_has_to_move_where_the_rest_of_the_room_is_long_in_coming():
     assert isinstance(place([draining, node("b", 2.0)]), Placed)
 
 
-def test_nobody_has_to_go_for_less_than_estimates_are_off_by():
-    idle = (Idle("i", 100, 9.0),)
-    choice = place([node("a", 1.0, free=0, idle=idle), node("b", 1.05)])
-    assert isinstance(choice, Placed)
-    assert isinstance(place([node("a", 1.0, free=0, idle=idle), node("b", 1.1)]), Evict)
-
-
 def test_a_node_that_must_evict_much_loses_to_one_nearly_as_fast_that_need_not():
     many = tuple(Idle(f"i{k}", 10, 0.0, reload=3.0) for k in range(20))
     lone = (Idle("j", 100, 0.0, reload=3.0),)
@@ -230,11 +223,11 @@ def test_an_explanation_names_the_ways_that_lost():
     choice = place([nodes[2], nodes[1], node("d", 4.0)])
     assert isinstance(choice, Full)
     assert choice.why == (
-        "waits for room that is being freed on b, in about 0.00 s; not eviction on c 3.27 s, a start on d 4.00 s"
+        "waits for room that is being freed on b, in about 0.00 s; not eviction on c 3.21 s, a start on d 4.00 s"
     )
     choice = place([nodes[2], node("d", 2.0)])
     assert isinstance(choice, placement.Placed)
-    assert choice.why.endswith("; 1 without room; not eviction on c 3.27 s")
+    assert choice.why.endswith("; 1 without room; not eviction on c 3.21 s")
 
 
 parts = st.lists(
