@@ -79,6 +79,10 @@ def _kind(value: int) -> str:
     return "" if -1 <= value <= 64 * 1024 * 1024 else "-1 (all of layers_mb), 0 (none), or up to layers_mb"
 
 
+def _disk(value: int) -> str:
+    return "" if 0 <= value <= 1024**3 else "0 (what the file system has), or up to 1073741824 MiB"
+
+
 def _setting(default: Any, help_: str, check: Check = _anything, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help_, "check": check, **metadata})
 
@@ -108,6 +112,9 @@ class Config:
     libs_mb: int = _setting(-1, "MiB of layers_mb that imported libraries may take; -1: all; 0: none is kept", _kind)
     template_mb: int = _setting(
         -1, "MiB of layers_mb that templates of models may take; -1: all; 0: none is kept", _kind
+    )
+    disk_mb: int = _setting(
+        0, "MiB of disk for all checkpoints of this machine; 0: what the file system has, but a reserve", _disk
     )
     prefetch: bool = _setting(True, "read checkpoints into free memory when a version is deployed")
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))

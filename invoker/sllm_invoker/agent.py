@@ -88,7 +88,6 @@ class Agent:
         self._known = Keys()
         self._admission: Admission | None = None
         self._stats: NodeStats | None = None
-        self._digests: tuple[str, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -108,7 +107,12 @@ class Agent:
         self.runtime = ProcessRuntime(name, self._tree, entry=self._entry, policy=layers, probe=probe)
         self.book = LogBook(config.logs_dir, name)
         self.ingests = Ingests(
-            CheckpointStore(config.checkpoints_dir), self._tree, self.directory, feed=lambda: self.tier.feed()
+            CheckpointStore(config.checkpoints_dir),
+            self._tree,
+            self.directory,
+            feed=lambda: self.tier.feed(),
+            limit=config.disk_mb << 20,
+            changed=self._look,
         )
         self.tier = MemoryTier(
             config.checkpoints_dir, config.node_dram_mb, self._tree, users=lambda digest: self.instances.users(digest)
@@ -132,9 +136,9 @@ class Agent:
         self.instances = Instances(place, self.relay, self._report)
         self.checks = Checks(place, self.relay, self._checked, self._progress, prefetch=config.prefetch)
         self.requests = Requests(
-            self.book, self.ingests.store, self.tier, self._digests_in_use, self._asked_to_leave, self.runtime.on_gpu
+            self.book, self.ingests.store, self.tier, self._look, self._asked_to_leave, self.runtime.on_gpu
         )
-        self._digests = await asyncio.to_thread(self.ingests.digests)
+        await asyncio.to_thread(self.ingests.refresh)
         self.tier.start()
         self.tier.expect(await asyncio.to_thread(self.ingests.largest))
         await self.runtime.warm()
@@ -229,7 +233,7 @@ class Agent:
             node.cores(),
             len(self.runtime.gpus),
             bandwidth=self.calibration.bandwidth,
-            checkpoints=self._digests,
+            checkpoints=tuple(sorted(self.ingests.here)),
             host=node.host(),
             neighbour_endpoint=self.relay.neighbour_endpoint,
         )
@@ -243,7 +247,6 @@ class Agent:
             self._stats = None  # its layers count as kept from now on: the next tick says which are
 
     def _checked(self, checked: Checked) -> None:
-        self._digests = tuple(sorted({*self._digests, *checked.checkpoints.values()}))
         self.uplink.send(Header(Type.CHECKED), checked)
 
     def _migrated(self, migrated: Migrated) -> None:
@@ -264,23 +267,31 @@ class Agent:
         self.runtime.tidy()
         self.instances.refresh()
         self.calibration.tick()
+        self._look()
         self._tell_stats()
+
+    def _look(self) -> None:
+        """What left the disk, whoever removed it, has no place in memory either: a start would have to fetch it."""
+        for digest in self.ingests.refresh():
+            self.tier.forget(digest)
 
     def _idle(self) -> bool:
         busy = self.relay.core.flights or self.instances.starting or self.checks.bundles() or self._tasks
         return not busy
 
     def _tell_stats(self) -> None:
+        here = self.ingests.here
         stats = node.stats(
             self.directory,
             self.config.node_memory_mb,
             len(self.instances),
-            self.tier.resident(),
+            tuple(digest for digest in self.tier.resident() if digest in here),
             self.tier.pinned(),
             self.runtime.pool.layers(),
             self.tier.granted_mb,
-            self.runtime.on_gpu(),
+            tuple(digest for digest in self.runtime.on_gpu() if digest in here),
             self.calibration.bandwidth,
+            tuple(sorted(here)),
         )
         if stats != self._stats and self.uplink.send(Header(Type.NODE), stats):
             self._stats = stats
@@ -326,7 +337,6 @@ class Agent:
             )
             answer = Ingested(ingest.request, digest, size)
             self.tier.expect(size)
-            self._digests = tuple(sorted({*self._digests, digest}))
         except (SllmError, OSError) as error:
             answer = Ingested(ingest.request, error=to_info(error))
         self.uplink.send(Header(Type.INGESTED), answer)
@@ -351,6 +361,3 @@ class Agent:
 
     def _on_drain(self, number: int, reason: str) -> None:
         self.instances.drain(number, reason)
-
-    def _digests_in_use(self) -> set[str]:
-        return self.instances.checkpoints()

@@ -6,6 +6,7 @@ The check runs in a container of its own that serves nothing and is thrown away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,8 +79,9 @@ class Checks:
         digests: dict[str, str] = {}
         sizes: dict[str, int] = {}
         error: ErrorInfo | None = None
+        leases = contextlib.ExitStack()
         try:
-            await self._checkpoints(check, digests, sizes)
+            await self._checkpoints(check, digests, sizes, leases)
             if code_of(check.app.functions):
                 await self._import(check)
             self._promote(check, digests)
@@ -92,9 +94,14 @@ class Checks:
         except Exception as failure:
             logging.get("invoker").exception("check_failed", app=check.app.name, version=check.version)
             error = to_info(failure)
+        finally:
+            leases.close()
         self._done(Checked(check.app.name, check.version, error, digests, sizes))
 
-    async def _checkpoints(self, check: Check, digests: dict[str, str], sizes: dict[str, int]) -> None:
+    async def _checkpoints(
+        self, check: Check, digests: dict[str, str], sizes: dict[str, int], leases: contextlib.ExitStack
+    ) -> None:
+        """What it brings stays on the disk until `leases` is closed: none of them leaves for the next."""
         request = f"{check.app.name}@{check.version}"
         for spec in check.app.functions:
             if spec.checkpoint is not None:
@@ -110,6 +117,7 @@ class Checks:
                             base=digests.get(spec.name, ""),
                             forward=self._prefetch,
                         )
+                        leases.callback(self._place.ingests.store.use(found).close)
                         digests[key], sizes[found] = found, size
                         self._place.tier.expect(size)
                     if libs is not None:
@@ -127,7 +135,13 @@ class Checks:
         """A deployment announces a first start: its checkpoints are read ahead of it, where that costs nobody."""
         if self._prefetch:
             for digest in {digests[spec.name] for spec in check.app.functions if spec.checkpoint is not None}:
-                self._place.tier.promote(digest, self._place.ingests.store.path(digest))
+                self._read_ahead(digest)
+
+    def _read_ahead(self, digest: str) -> None:
+        """It stays on the disk until it has been read, or will not be."""
+        store = self._place.ingests.store
+        lease = store.use(digest)
+        self._place.tier.promote(digest, store.path(digest)).loaded.add_done_callback(lambda _: lease.close())
 
     async def _import(self, check: Check) -> None:
         place, specs = self._place, code_of(check.app.functions)

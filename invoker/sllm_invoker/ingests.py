@@ -1,7 +1,8 @@
 """Checkpoints on this node: present or brought here by an ingest process of its own.
 
 Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
-reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`).
+reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`). Where the
+disk is too full others leave for it (`room`), in that process: what is here is looked at, not remembered (`refresh`).
 Invariants: one ingest per source at a time, however many ask, and none that nobody waits for: what it had fetched by
 then is where the next one goes on (`remote.fetch`). What a killed invoker left running is ended by its next life.
 """
@@ -24,9 +25,12 @@ from typing import Any
 
 import msgspec
 
-from sllm_faas.errors import CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
+from sllm_faas import logging
+from sllm_faas.errors import BadSpec, CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
 from sllm_faas.spec import CheckpointSpec
-from sllm_invoker.checkpoints.object import CheckpointObject
+from sllm_invoker.checkpoints import usage
+from sllm_invoker.checkpoints.object import CheckpointObject, read_manifest
+from sllm_invoker.checkpoints.room import stays
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.containers.tree import Tree
 
@@ -51,11 +55,21 @@ class Ingests:
         scratch: Path,
         *,
         feed: Callable[[], socket.socket | None] = lambda: None,
+        limit: int = 0,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`limit`: bytes that all checkpoints of the store may take, 0: what the disk has. `changed` is called when one
+        came or left by what is done here."""
         self.store = store
         self._tree = tree
         self._scratch = scratch
         self._feed = feed
+        self._limit = limit
+        self._changed = changed
+        self._log = logging.get("invoker")
+        self._listed: set[str] = set()
+        self.here: set[str] = set()
+        """Digests of what is on this node, by the last `refresh`; those that cannot be read are left out."""
         self._running: dict[Key, _Flight] = {}
         self._verified: dict[str, CheckpointObject] = {}
         """Objects that were found verified, by digest."""
@@ -64,11 +78,22 @@ class Ingests:
         """Bytes of the largest checkpoint on this node."""
         return max((entry.manifest.total_bytes for entry in self.store.list()), default=0)
 
-    def digests(self) -> tuple[str, ...]:
-        """What is on this node. What an earlier life of it found verified, and has not changed, is ready at once."""
-        found = [CheckpointObject(self.store.path(entry.digest), entry.manifest) for entry in self.store.list()]
-        self._verified.update({held.digest: held for held in found if self.store.is_verified(held)})
-        return tuple(held.digest for held in found)
+    def refresh(self) -> set[str]:
+        """See what there is: what has left since. Whoever else uses the store may have changed it. What an earlier life
+        of this node found verified, and has not changed, is ready at once."""
+        listed = set(self.store.digests())
+        gone = self.here - listed
+        for digest in listed - self._listed:
+            with contextlib.suppress(CheckpointError, BadSpec):
+                found = CheckpointObject(self.store.path(digest), read_manifest(self.store.path(digest)))
+                self.here.add(digest)
+                if self.store.is_verified(found):
+                    self._verified[digest] = found
+        self.here -= gone
+        self._listed = listed
+        for digest in gone:
+            self._verified.pop(digest, None)
+        return gone
 
     async def bring(
         self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True
@@ -91,6 +116,9 @@ class Ingests:
         if name:
             await asyncio.to_thread(self.store.set_ref, name, digest)
         found = await asyncio.to_thread(self.store.get, digest)
+        self.here.add(digest)
+        self._listed.add(digest)
+        self._changed()
         return digest, found.manifest.total_bytes
 
     async def ready(self, checkpoint: CheckpointSpec, report: Report, *, base: str = "") -> Path:
@@ -103,6 +131,7 @@ class Ingests:
         digest = checkpoint.digest
         known = self._verified.get(digest)
         if known is not None and self.store.is_verified(known):
+            self._used(known, checkpoint, base)
             return known.directory
         if not digest:
             digest, _ = await self.bring(checkpoint, "", report, base=base)
@@ -115,7 +144,14 @@ class Ingests:
                 )
         found_here = await asyncio.to_thread(self.store.ensure_verified, digest)
         self._verified[found_here.digest] = found_here
+        self._used(found_here, checkpoint, base)
         return found_here.directory
+
+    def _used(self, found: CheckpointObject, checkpoint: CheckpointSpec, base: str) -> None:
+        """Noted beside what comes next."""
+        asked = usage.Asked(checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
+        size = found.manifest.total_bytes
+        asyncio.get_running_loop().run_in_executor(None, usage.used, self.store, found.digest, size, asked)
 
     def _begin(self, key: Key, checkpoint: CheckpointSpec, name: str, base: str, *, forward: bool) -> _Flight:
         reports: list[Report] = []
@@ -135,6 +171,7 @@ class Ingests:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
         command += ["--source", checkpoint.source, "--name", name]
         command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype, "--base", base]
+        command += ["--limit", str(self._limit)]
         with contextlib.ExitStack() as stack:
             passed: tuple[int, ...] = ()
             if forward and (end := self._feed()) is not None:
@@ -160,7 +197,10 @@ class Ingests:
             async for line in reader:
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
-                    if "stage" in message:
+                    if "evicted" in message:
+                        self._log.info("checkpoint_evicted", **message["evicted"])
+                        self._changed()
+                    elif "stage" in message:
                         for report in reports:
                             report(message["stage"], message["done"], message["total"])
                     else:
@@ -196,6 +236,7 @@ def _name(checkpoint: CheckpointSpec) -> str:
 
 def listing(store: CheckpointStore) -> list[dict[str, Any]]:
     """What `checkpoint.list` answers."""
+    stay = stays(store)
     return [
         {
             "digest": entry.digest,
@@ -203,6 +244,7 @@ def listing(store: CheckpointStore) -> list[dict[str, Any]]:
             "bytes": entry.manifest.total_bytes,
             "pinned": entry.pinned,
             "source": entry.manifest.source.name,
+            "stays": stay.get(entry.digest, ""),
         }
         for entry in store.list()
     ]

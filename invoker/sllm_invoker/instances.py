@@ -27,6 +27,7 @@ from sllm_faas.wire.messages import InstanceReport, InstanceState, Shutdown, Sta
 from sllm_invoker import secrets
 from sllm_invoker.checkpoints.channel import Loaded
 from sllm_invoker.checkpoints.priority import Priority
+from sllm_invoker.checkpoints.store import Lease
 from sllm_invoker.container import Container, NotReady, Place
 from sllm_invoker.containers.base import ContainerSpec
 from sllm_invoker.memory_tier import Opening
@@ -64,6 +65,8 @@ class Entry:
     """Nobody waits for its start."""
     opening: Opening | None = None
     """Its wish for the checkpoint, once that is said."""
+    leases: list[Lease] = field(default_factory=list)
+    """On its checkpoints, for as long as there is anything of it."""
     loaded: Loaded | None = None
     """How that came into memory, once it has."""
     told: int = 0
@@ -123,10 +126,6 @@ class Instances:
         """The processes that may have the checkpoint mapped."""
         handles = [entry.container.handle for entry in self._entries.values() if entry.digest == digest]
         return [handle.pid for handle in handles if handle is not None]
-
-    def checkpoints(self) -> set[str]:
-        specs = [entry.start.spec for entry in self._entries.values()]
-        return {checkpoint.digest for spec in specs for checkpoint in spec.checkpoints().values()}
 
     def container(self, peer: bytes) -> Container | None:
         entry = self._entries.get(peer.decode(errors="replace"))
@@ -277,6 +276,8 @@ class Instances:
         if spec.checkpoint is None:
             return ""
         at = self._since(entry)
+        # From now on none of them leaves the disk; one that has is brought again.
+        entry.leases += [self._place.ingests.store.use(each.digest) for each in spec.checkpoints().values()]
         digest = spec.checkpoint.digest
         here = bool(digest) and self._place.ingests.store.path(digest).is_dir()
         directory = await self._place.ingests.ready(spec.checkpoint, lambda *_: None)
@@ -407,6 +408,8 @@ class Instances:
         entry.served = self._relay.core.served(entry.number)
         self._relay.gone(entry.number, state, detail)
         del self._entries[entry.start.instance]
+        for lease in entry.leases:
+            lease.close()
         self._share_memory()
         self._report(self._describe(entry))
         say = self._log.info if error is None else self._log.warning

@@ -41,15 +41,17 @@ def stats(
     dram_mb: int | None = None,
     on_gpu: tuple[str, ...] = (),
     bandwidth: Mapping[str, float] | None = None,
+    checkpoints: tuple[str, ...] | None = None,
 ) -> NodeStats:
     """`limit_mb`: the memory this node may hand out in all; `resident`: digests of what is in its DRAM tier, `pinned`:
     MiB of what has to stay there, `dram_mb`: what it may hold; `layers`: keys of the warmth layers it has;
-    `on_gpu`: digests of what is on its free GPUs; `bandwidth`: bytes per second by tier, as far as it was measured."""
+    `on_gpu`: digests of what is on its free GPUs; `bandwidth`: bytes per second by tier, as far as it was measured;
+    `checkpoints`: digests of what is on its disk."""
     disk = os.statvfs(directory)
     free = _step(min(limit_mb, memory_available_mb()))
     free_disk = _step(disk.f_bavail * disk.f_frsize // 2**20)
     measured = dict(bandwidth or {})
-    return NodeStats(free, free_disk, instances, resident, layers, pinned or {}, dram_mb, on_gpu, measured)
+    return NodeStats(free, free_disk, instances, resident, layers, pinned or {}, dram_mb, on_gpu, measured, checkpoints)
 
 
 def address_towards(endpoint: str) -> str:

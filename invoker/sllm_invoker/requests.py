@@ -3,7 +3,8 @@
     logs.read{app?, function?, instance?, invocation?, since?, lines?, follow}   {records} …, more=True but the last
     node.leave{}                               {leaving: true}: an orderly stop, as by SIGTERM
     checkpoint.list{}                          {checkpoints: [{digest, names, bytes, pinned, source, tier: disk | dram,
-                                                 leases, loaded: bytes in memory}]}
+                                                 leases, loaded: bytes in memory,
+                                                 stays: why it does not leave a full disk}]}
     checkpoint.verify|rm|pin|unpin{ref}        {digest}
 
 A follower ends when its gateway leaves or sends CANCEL with the request's id. Every request is answered, in a thread
@@ -46,16 +47,17 @@ class Requests:
         book: LogBook,
         store: CheckpointStore,
         tier: MemoryTier,
-        in_use: Callable[[], set[str]],
+        changed: Callable[[], None],
         leave: Callable[[], None],
         on_gpu: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`on_gpu`: digests of what is whole on a GPU that no instance holds."""
+        """`changed` is called when a checkpoint has been removed; `on_gpu`: digests of what is whole on a GPU that no
+        instance holds."""
         self._leave = leave
         self._book = book
         self._store = store
         self._tier = tier
-        self._in_use = in_use
+        self._changed = changed
         self._on_gpu = on_gpu
         self._followers: dict[bytes, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,7 +87,7 @@ class Requests:
             else:
                 done = await asyncio.to_thread(self._checkpoint, request)
                 if request.op == "checkpoint.rm":
-                    self._tier.forget(done["digest"])
+                    self._changed()
                 answer(Reply(pack(done)))
         except SllmError as error:
             self._refuse(answer, error)
@@ -118,7 +120,7 @@ class Requests:
     def _checkpoint(self, request: Request) -> dict[str, Any]:
         verbs: dict[str, Callable[[str], object]] = {
             "checkpoint.verify": self._store.verify,
-            "checkpoint.rm": self._remove,
+            "checkpoint.rm": self._store.remove,
             "checkpoint.pin": self._store.pin,
             "checkpoint.unpin": self._store.unpin,
         }
@@ -130,13 +132,6 @@ class Requests:
         digest = self._store.resolve(_body(OfCheckpoint, request).ref)
         verb(digest)
         return {"digest": digest}
-
-    def _remove(self, digest: str) -> None:
-        if digest in self._in_use():
-            raise Conflict(
-                f"checkpoint {digest[:12]} is used by an instance.", hint="Stop it, or delete its app first."
-            )
-        self._store.remove(digest)
 
     async def _logs(self, identity: bytes, wanted: Filter, answer: Answer) -> None:
         held: list[Record] | None = []

@@ -60,14 +60,18 @@ def pull(session: Session, source: str, name: str, revision: str, dtype: str, ba
 @checkpoint.command("list")
 @client_command(reads=True)
 def list_(session: Session) -> None:
-    """List checkpoints."""
+    """List checkpoints.
+
+    One that does not say why it stays may leave a disk that is too full for the next, the one worth least first.
+    A start that needs it fetches it again.
+    """
     with session.api() as api:
         found = api.get(path("checkpoints"))["checkpoints"]
     if session.json:
         output.emit_json(found)
         return
     output.table(
-        ["digest", "names", "size", "tier", "leases", "pinned", "node", "source"],
+        ["digest", "names", "size", "tier", "leases", "stays", "node", "source"],
         [
             (
                 item["digest"][:12],
@@ -75,7 +79,7 @@ def list_(session: Session) -> None:
                 output.size(item["bytes"]),
                 _tier(item),
                 item.get("leases", 0),
-                item.get("pinned", False),
+                item.get("stays", ""),
                 item.get("node"),
                 item.get("source"),
             )
@@ -96,7 +100,7 @@ def _tier(item: dict[str, Any]) -> str:
 @click.argument("ref")
 @client_command()
 def pin(session: Session, ref: str) -> None:
-    """Never evict REF (a name or digest)."""
+    """Never evict REF (a name or digest), from memory or disk."""
     with session.api() as api:
         api.post(path("checkpoints", ref, "pin"))
     click.echo(f"Pinned {ref}.")

@@ -397,6 +397,8 @@ class Machine:
             node.info = replace(node.info, bandwidth=event.stats.bandwidth)
         if event.stats.layers is not None:
             node.layers = sorted(event.stats.layers)
+        if event.stats.checkpoints is not None:
+            node.checkpoints = sorted(event.stats.checkpoints)
         self.ledger.where.add(node)
 
     def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:

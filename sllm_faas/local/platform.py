@@ -144,6 +144,7 @@ class LocalPlatform:
         root = self._checkpoints or Config.load()[0].checkpoints_dir
         store = CheckpointStore(root)
         made = ingest(store, checkpoint.source, name, revision=checkpoint.revision, dtype=checkpoint.dtype, base=base)
+        self._stack.callback(store.use(made.digest).close)
         return store.path(made.digest)
 
 

@@ -415,6 +415,8 @@ class NodeStats:
     """Digests of the checkpoints that are whole on a GPU that no instance holds."""
     bandwidth: dict[str, float] = field(default_factory=dict)
     """As in NodeInfo, should it have been measured since; empty: nothing new."""
+    checkpoints: tuple[str, ...] | None = None
+    """Digests of the objects on its disk by now; None: it does not tell."""
 
 
 # -- controller and gateway ----------------------------------------------------------------------------------

@@ -169,7 +169,12 @@ def _ingest(line: _Line, channel: int, request: dict[str, str]) -> None:
 
     sys.addaudithook(audit)
     result = ingest(
-        CheckpointStore(Path(request["root"])), request["source"], request["name"], progress=step, forward=forward
+        CheckpointStore(Path(request["root"])),
+        request["source"],
+        request["name"],
+        progress=step,
+        forward=forward,
+        limit=int(request.get("limit", 0)),
     )
     line.say(f"{result.digest} {events}")
 

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sllm_invoker.checkpoints.eviction import CostAware, Lru, Policy, choose
+from sllm_invoker.checkpoints.eviction import CostAware, Lru, OnDisk, Policy, choose, leaving, shortage
 
 
 def test_lru_offers_the_longest_unused_first():
@@ -95,3 +95,39 @@ def reloaded(policy: Policy, seed: int, capacity: int) -> int:
 def test_fewer_bytes_are_reloaded_than_by_lru(seed):
     ours, lru = reloaded(CostAware(), seed, 160), reloaded(Lru(), seed, 160)
     assert ours < 0.93 * lru
+
+
+# -- disks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "promised", "short"),
+    [(100, 0, 0, -70), (10, 0, 0, 20), (100, 60, 0, 30), (100, 90, 0, 0), (100, 90, 5, 5), (0, 60, 0, 30)],
+)
+def test_a_disk_is_short_of_what_it_lacks_or_of_what_checkpoints_may_not_take(free, limit, promised, short):
+    """It holds 20 and 30, and 40 more are to come, of which 10 are there."""
+    assert shortage([20, 30], total=40, there=10, free=free, limit=limit, promised=promised) == short
+
+
+def test_only_what_may_leave_does_and_nothing_when_that_is_too_little():
+    objects = {"a": OnDisk(5), "b": OnDisk(5, "pinned"), "c": OnDisk(5)}
+    policy = Lru()
+    for digest in "cba":
+        policy.used(digest, 5, 1.0)
+    assert leaving(policy, objects, 5) == ["c"]
+    assert leaving(policy, objects, 10) == ["c", "a"]
+    assert leaving(policy, objects, 11) is None
+    assert leaving(policy, objects, 0) == []
+
+
+def test_a_policy_goes_on_from_its_state_as_it_would_have():
+    one = CostAware()
+    for digest in "abacb":
+        one.used(digest, 10, 1.0)
+    one.evicted("a")
+    two = CostAware.resume(*one.state())
+    for policy in (one, two):
+        policy.used("d", 3, 1.0)
+        policy.used("c", 10, 1.0)
+    assert one.order("abcd") == two.order("abcd")
+    assert one.state() == two.state()

@@ -355,6 +355,15 @@ def test_a_repo_is_fetched_by_its_files_and_its_revision_recorded(store, source,
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["patterns"])
 
 
+def test_a_full_cache_of_hugging_face_is_storage_full(store, monkeypatch):
+    def snapshot(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(StorageFull, match="cache of Hugging Face"):
+        ingest(store, "org/model", "x")
+
+
 def test_a_repo_that_cannot_be_reached_is_unavailable_with_a_hint(store, monkeypatch):
     def snapshot(*args, **kwargs):
         raise ConnectionError("offline")

@@ -30,7 +30,8 @@ async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(fil
     assert await ingests.ready(spec, lambda *_: None) == filled.path(digest)
 
     later = Ingests(filled, Tree(tmp_path), tmp_path)
-    assert later.digests() == (digest,)
+    assert later.refresh() == set()
+    assert later.here == {digest}
     for each in (ingests, later):
         with pytest.raises(StopIteration) as answer:  # nothing else had to run for it
             each.ready(spec, lambda *_: None).send(None)

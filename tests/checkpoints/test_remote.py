@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,9 +155,9 @@ def test_a_wrong_digest_is_refused_and_the_right_one_is_not(store, server, sourc
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(store, server, monkeypatch):
-    usage = remote_module.shutil.disk_usage(store.root)._replace(free=1000)
-    monkeypatch.setattr(remote_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StorageFull, match="1000 are free"):
+    usage = shutil.disk_usage(store.root)._replace(total=1000, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StorageFull, match="990 are free"):
         ingest(store, server.url, "far")
     assert server.weights_asked() == []
 

@@ -293,7 +293,14 @@ async def test_the_node_tells_what_is_whole_in_memory_and_what_has_left_it(node,
 async def test_a_listing_tells_what_is_in_memory_and_removing_frees_it(node, a, b, tmp_path):
     store = CheckpointStore(tmp_path)
     on_gpu: list[str] = []
-    requests = Requests(LogBook(tmp_path / "logs", "n"), store, node.tier, set, lambda: None, lambda: on_gpu)
+    requests = Requests(
+        LogBook(tmp_path / "logs", "n"),
+        store,
+        node.tier,
+        lambda: node.tier.forget(a.digest),
+        lambda: None,
+        lambda: on_gpu,
+    )
 
     async def ask(op: str, body: dict[str, str]) -> dict[str, Any]:
         answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()

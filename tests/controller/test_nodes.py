@@ -274,6 +274,16 @@ def test_a_node_that_names_a_checkpoint_twice_can_say_something_else_and_leave()
     machine.validate()
 
 
+def test_a_node_tells_what_has_left_its_disk_and_what_came_to_it():
+    machine = Machine("abc")
+    info = NodeInfo("n", "ipc:///n", memory_mb=50_000, checkpoints=(DIGEST,))
+    machine.handle(ev.NodeUp(info, "1"), 0.0)
+    for told, there in ((None, True), ((), False), ((DIGEST, DIGEST), True)):
+        machine.handle(ev.NodeStatsSeen("n", NodeStats(1, 1, 0, checkpoints=told)), 0.0)
+        machine.validate()
+        assert ("n" in machine.ledger.where.holders(DIGEST)) is there
+
+
 def test_a_start_is_timed_and_the_next_one_predicted_by_it():
     made = world()
     deploy(made, app())

@@ -1,4 +1,4 @@
-"""Which checkpoints leave fast memory first. Pure: no clock, no bytes, only what it was told.
+"""Which checkpoints leave memory, or a disk, first. Pure: no clock, no bytes, only what it was told.
 
 `CostAware` is Greedy-Dual-Size-Frequency (Cherkasova, 1998): the worth of a checkpoint is
 
@@ -13,7 +13,7 @@ Leases and pins are not known here: only what may leave is offered as a candidat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,17 @@ class CostAware:
     def order(self, candidates: Iterable[str]) -> list[str]:
         return sorted(candidates, key=lambda digest: (self._worth(digest), digest))
 
+    def state(self) -> tuple[float, dict[str, tuple[float, float]]]:
+        """(age, digest → (frequency, worth)), the least recently used first: what `resume` goes on from."""
+        return self._age, {digest: (each.frequency, each.worth) for digest, each in self._records.items()}
+
+    @classmethod
+    def resume(cls, age: float, records: Mapping[str, tuple[float, float]]) -> CostAware:
+        policy = cls()
+        policy._age = age
+        policy._records = {digest: _Record(*each) for digest, each in records.items()}
+        return policy
+
     def _worth(self, digest: str) -> float:
         record = self._records.get(digest)
         return record.worth if record is not None else 0.0
@@ -86,7 +97,7 @@ def may_promote(needed: int, free: int, growth: int) -> bool:
 
 
 def choose(policy: Policy, candidates: dict[str, int], needed: int) -> list[str] | None:
-    """The checkpoints to evict so that `needed` slabs come free; `candidates` maps each to its slabs. None when
+    """The checkpoints to evict so that `needed` slabs, or bytes, come free; `candidates` maps each to its. None when
     all of them together are too few: then nothing is evicted. One that the rest makes needless stays."""
     if needed <= 0:
         return []
@@ -104,3 +115,23 @@ def choose(policy: Policy, candidates: dict[str, int], needed: int) -> list[str]
             chosen.remove(digest)
             got -= candidates[digest]
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """Something on the disk. `kept`: why it may not leave; empty: it may."""
+
+    bytes: int
+    kept: str = ""
+
+
+def shortage(sizes: Iterable[int], *, total: int, there: int, free: int, limit: int = 0, promised: int = 0) -> int:
+    """Bytes by which a disk is too full for `total` new ones, of which `there` are on it already. It holds `sizes`, has
+    `free` bytes left, and may hold `limit` (0: what fits), of which others were `promised` some."""
+    short = total - there - free
+    return max(short, sum(sizes) + promised + total - limit) if limit else short
+
+
+def leaving(policy: Policy, objects: Mapping[str, OnDisk], short: int) -> list[str] | None:
+    """What leaves the disk so that `short` bytes come free; None when all that may leave is too little."""
+    return choose(policy, {name: each.bytes for name, each in objects.items() if not each.kept}, short)

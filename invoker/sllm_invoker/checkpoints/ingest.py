@@ -1,8 +1,10 @@
 """From a model somewhere to a checkpoint object in the store.
 
     python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D] [--forward FD]
+                                            [--limit BYTES]
 
-prints one JSON line per step of progress, `{"stage", "done", "total"}`, and a last one: `{"result": {"digest",
+prints one JSON line per step of progress, `{"stage", "done", "total"}`, one per object that made room for this one,
+`{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest",
 "name", "known"}}`, or `{"error": ErrorInfo}` with exit status 1. It runs as a process of its own because it
 needs torch and the agent must not.
 
@@ -23,14 +25,15 @@ import json
 import shutil
 import socket
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import blake3
-
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, SllmError, to_info
+from sllm_invoker.checkpoints import usage
 from sllm_invoker.checkpoints.adapter import write_adapter
 from sllm_invoker.checkpoints.forward import Forward
 from sllm_invoker.checkpoints.object import (
@@ -46,8 +49,18 @@ from sllm_invoker.checkpoints.object import (
     identity,
 )
 from sllm_invoker.checkpoints.part import collect, nowhere, write_part
-from sllm_invoker.checkpoints.source import Origin, content_digest, resolve
-from sllm_invoker.checkpoints.store import CheckpointStore, check_name, storage_errors
+from sllm_invoker.checkpoints.room import Evicted, Room
+from sllm_invoker.checkpoints.source import (
+    Origin,
+    content_digest,
+    content_key,
+    download_bytes,
+    layout_key,
+    object_bytes,
+    resolve,
+    stat_key,
+)
+from sllm_invoker.checkpoints.store import CheckpointStore, check_name, is_full, storage_errors
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PART_NAME = "part-0-of-1.safetensors"
@@ -72,10 +85,13 @@ def ingest(
     base: str = "",
     progress: Progress | None = None,
     forward: Forward | None = None,
+    limit: int = 0,
+    evicted: Callable[[Evicted], None] | None = None,
 ) -> Ingested:
     """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
     adapter needs its `base`: the name or digest of a checkpoint in the store. A model that had to be written is in the
-    DRAM tier too where `forward` finds room there.
+    DRAM tier too where `forward` finds room there. `limit`: bytes that all checkpoints may take (0: what the disk has);
+    where there is too little room others leave (`room`), and `evicted` is told of each.
 
     Raises BadSpec (not a model, refused, bad name or dtype), CheckpointUnavailable (cannot be reached),
     CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -84,40 +100,64 @@ def ingest(
         raise BadSpec(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
     check_name(name)
     report = progress or _silent
+    began = time.monotonic()
     report(0, 0, "resolve")
     origin = resolve(source, revision, store.root / "downloads")
     if origin.adapter != bool(base):
         what = "is a LoRA adapter and needs its base" if origin.adapter else "is no LoRA adapter and has no base"
         raise BadSpec(f"{source} {what}.", hint="--base names the checkpoint that an adapter adapts.", param="base")
-    adapted = store.get(base) if base else None
-    layout_key = f"{LAYOUT_VERSION}|{version('transformers')}|{dtype}"  # not imported: a known source is quick
-    if adapted is not None:
-        layout_key += f"|{adapted.digest}"
-    # Two keys: the cheap one holds while no file was touched, the sure one while content is the same.
-    quick = _key("stat", layout_key, origin.state)
-    with storage_errors(store.root), store.only_one(quick):
+    with contextlib.ExitStack() as stack:
+        adapted = None
+        if base:
+            base = store.resolve(base)
+            stack.callback(store.use(base).close)
+            adapted = store.get(base)
+        layout = layout_key(dtype, base)
+        # Two keys: the cheap one holds while no file was touched, the sure one while content is the same.
+        quick = stat_key(origin, layout)
+        stack.enter_context(storage_errors(store.root))
+        stack.enter_context(store.only_one(quick))
         found = store.known(quick) if origin.settled else None
-        if found is None:
+        digest = found.digest if found is not None else ""
+        if not digest:
+            room = stack.enter_context(Room(store, name, limit=limit, evicted=evicted))
+            if origin.remote is not None:
+                room.make(download_bytes(origin) + object_bytes(origin, dtype), origin.directory)
             origin = origin.fetched(report)
             content = content_digest(origin.files, report, origin.sums)
             _check_content(origin, content)
-            sure = _key("content", layout_key, content)
-            with store.only_one(sure):
-                found = store.known(sure)
-                if found is None:
+            sure = content_key(content, layout)
+            stack.enter_context(store.only_one(sure))
+            found = store.known(sure)
+            if found is None:
+
+                def write(forward: Forward | None) -> str:
                     if adapted is not None:
-                        digest = write_adapter(store, origin, content, adapted, report)
-                    else:
-                        digest = _write(store, origin, content, dtype, report, forward)
-                    store.remember(sure, digest)
-                    store.remember(quick, digest)
-                    store.set_ref(name, digest)
-                    _forget_download(origin)
-                    return Ingested(digest=digest, name=name, known=False)
-            store.remember(quick, found.digest)
-            _forget_download(origin)
-        store.set_ref(name, found.digest)
-        return Ingested(digest=found.digest, name=name, known=True)
+                        return write_adapter(store, origin, content, adapted, report)
+                    return _write(store, origin, content, dtype, report, forward, room)
+
+                room.make(download_bytes(origin) + object_bytes(origin, dtype), _download(origin))
+                try:
+                    digest = write(forward)
+                except OSError as error:  # others took what was free
+                    if not is_full(error):
+                        raise
+                    room.make(room.promised, _download(origin))
+                    digest = write(None)
+                store.remember(sure, digest)
+            else:
+                digest = found.digest
+            store.remember(quick, digest)
+        _forget_download(origin)  # also what one left that was killed just here
+        store.set_ref(name, digest)
+        took = time.monotonic() - began if found is None else 0.0
+        size = (found or store.get(digest)).manifest.total_bytes
+        usage.used(store, digest, size, usage.Asked(source, revision, dtype, base), took)
+        return Ingested(digest=digest, name=name, known=found is not None)
+
+
+def _download(origin: Origin) -> Path | None:
+    return origin.directory if origin.remote is not None else None
 
 
 def _silent(_done: int, _total: int, _stage: str) -> None:
@@ -136,15 +176,17 @@ def _forget_download(origin: Origin) -> None:
         shutil.rmtree(origin.directory, ignore_errors=True)
 
 
-def _key(*facts: str) -> str:
-    return blake3.blake3("\0".join(facts).encode()).hexdigest()
-
-
 # -- write ---------------------------------------------------------------------------------------------------
 
 
 def _write(
-    store: CheckpointStore, origin: Origin, content: str, dtype: str, report: Progress, forward: Forward | None
+    store: CheckpointStore,
+    origin: Origin,
+    content: str,
+    dtype: str,
+    report: Progress,
+    forward: Forward | None,
+    room: Room,
 ) -> str:
     if forward is not None:  # first: its memory is faulted beside imports and conversion
         forward.expect(sum(path.stat().st_size for path in origin.files if path.suffix == ".safetensors"))
@@ -157,6 +199,8 @@ def _write(
     found = probe(model)
     with store.workspace() as work:
         files = _write_side_files(work, origin, model)
+        beside = sum(entry.bytes for entry in files)
+        room.make(download_bytes(origin) + stored.bytes + beside, _download(origin))  # what is known by now
         part = write_part(work / PART_NAME, stored.tensors, found.order, report, forward.memory if forward else nowhere)
         layout = Layout(version=LAYOUT_VERSION, transformers=version("transformers"), dtype=known_dtype)
         digest = identity(layout, (part,), files, "")
@@ -270,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--base", default="")
     parser.add_argument("--forward", type=int, default=-1)
+    parser.add_argument("--limit", type=int, default=0)
     options = parser.parse_args(argv)
     told = ["", 0]
 
@@ -293,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
                 base=options.base,
                 progress=progress,
                 forward=forward,
+                limit=options.limit,
+                evicted=lambda each: _say({"evicted": dataclasses.asdict(each)}),
             )
     except SllmError as error:
         info = dataclasses.asdict(to_info(error))

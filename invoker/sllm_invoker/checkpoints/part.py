@@ -44,6 +44,11 @@ class Stored:
     tensors: dict[str, tuple[TensorKind, torch.Tensor]]
     ties: dict[str, str]
 
+    @property
+    def bytes(self) -> int:
+        """Of the values; the file takes a header more."""
+        return sum(tensor.nbytes for _, tensor in self.tensors.values())
+
 
 def collect(model: Any) -> Stored:
     """The tensors of a model as it was loaded: call it before its first forward, which repacks quantised weights for

@@ -19,7 +19,6 @@ import contextlib
 import ipaddress
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import blake3
 import httpcore
 
-from sllm_faas.errors import BadSpec, CheckpointIncomplete, CheckpointUnavailable, StorageFull
+from sllm_faas.errors import BadSpec, CheckpointIncomplete, CheckpointUnavailable
 from sllm_invoker.checkpoints.object import Progress, chunks_of, file_digest, first_line
 
 TRUSTED = "SLLM_TRUSTED_SOURCES"
@@ -109,17 +108,11 @@ def read_small(remote: Remote, entry: Entry) -> bytes:
 
 
 def fetch(remote: Remote, listing: tuple[Entry, ...], folder: Path, report: Progress) -> dict[str, str]:
-    """Have the files in `folder`, which is for this listing alone; name → blake3.
+    """Have the files in `folder`, which is for this listing alone; name → blake3. There is room for them (`room`).
 
-    Raises CheckpointUnavailable, CheckpointIncomplete, StorageFull."""
+    Raises CheckpointUnavailable, CheckpointIncomplete."""
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(entry.bytes for entry in listing)
-    missing = total - sum(path.stat().st_size for path in folder.iterdir())
-    if (free := shutil.disk_usage(folder).free) < missing:
-        raise StorageFull(
-            f"{remote.url} has {missing} bytes to fetch, and {free} are free under {folder}.",
-            hint="`sllm checkpoint rm` removes checkpoints that nothing needs.",
-        )
     sums, before = {}, 0
     for entry in listing:
         sums[entry.name] = _fetch(remote, entry, folder, partial(_report, report, before, total))

@@ -12,13 +12,22 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import blake3
 
-from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable
-from sllm_invoker.checkpoints.object import Progress, chunks_of, first_line, read_header
+from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable, StorageFull
+from sllm_invoker.checkpoints.object import (
+    DTYPE_BYTES,
+    LAYOUT_VERSION,
+    Progress,
+    chunks_of,
+    first_line,
+    read_header,
+)
 from sllm_invoker.checkpoints.remote import Entry, Remote, fetch, look, open_remote, read_small
+from sllm_invoker.checkpoints.store import is_full
 
 _SIDE_FILES = (
     "config.json",
@@ -38,6 +47,7 @@ _SIDE_FILES = (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -72,7 +82,7 @@ class Origin:
 
 def resolve(source: str, revision: str, downloads: Path) -> Origin:
     """Find a source and list its files; those of a URL are to be fetched, under `downloads`. Raises BadSpec,
-    CheckpointUnavailable, CheckpointCorrupt, CheckpointIncomplete."""
+    CheckpointUnavailable, CheckpointCorrupt, CheckpointIncomplete, StorageFull."""
     if "://" in source:
         return _resolve_remote(source, revision, downloads)
     directory = Path(source).expanduser()
@@ -91,6 +101,54 @@ def resolve(source: str, revision: str, downloads: Path) -> Origin:
     files = _files(directory)
     adapter = directory / ADAPTER_CONFIG in files
     return Origin(source, directory, files, found, adapter, f"{directory}\n{stat_lines(files)}", settled(files))
+
+
+def is_fetched(source: str) -> bool:
+    """Whether it comes from elsewhere: a URL, or a Hugging Face repo."""
+    if "://" in source:
+        return True
+    return bool(_REPO_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def layout_key(dtype: str, base: str) -> str:
+    """What makes an object of a source, its content aside. `base`: the digest of what an adapter adapts."""
+    key = f"{LAYOUT_VERSION}|{version('transformers')}|{dtype}"  # not imported: a known source is quick
+    return f"{key}|{base}" if base else key
+
+
+def stat_key(origin: Origin, layout: str) -> str:
+    """Holds while no file of the source was touched."""
+    return _key("stat", layout, origin.state)
+
+
+def content_key(content: str, layout: str) -> str:
+    """Holds while the content is the same."""
+    return _key("content", layout, content)
+
+
+def _key(*facts: str) -> str:
+    return blake3.blake3("\0".join(facts).encode()).hexdigest()
+
+
+def download_bytes(origin: Origin) -> int:
+    """What has to be fetched, what is here of it included; 0: nothing."""
+    return sum(entry.bytes for entry in origin.listing)
+
+
+def object_bytes(origin: Origin, dtype: str) -> int:
+    """About what the object will take. A remote source tells its sizes alone until it is here."""
+    if not origin.files:
+        return download_bytes(origin)
+    size = _DTYPE_BYTES.get("float32" if origin.adapter else dtype, 0)
+    total = 0
+    for path in origin.files:
+        total += path.stat().st_size
+        if size and path.suffix == ".safetensors":
+            for tensor in read_header(path).tensors:
+                if tensor.dtype in ("F64", "F32", "F16", "BF16"):
+                    held = tensor.end - tensor.start
+                    total += held // DTYPE_BYTES[tensor.dtype] * size - held
+    return total
 
 
 def _resolve_remote(url: str, revision: str, downloads: Path) -> Origin:
@@ -139,6 +197,10 @@ def _download(repo: str, revision: str) -> Path:
         patterns += [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
         return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, no such repo: many types, one meaning here
+        if isinstance(error, OSError) and is_full(error):
+            raise StorageFull(
+                f"no space left for {repo} in the cache of Hugging Face.", hint="Free space there; HF_HOME moves it."
+            ) from error
         raise CheckpointUnavailable(
             f"{repo} could not be fetched from Hugging Face: {first_line(error)}.",
             hint="Check the name, the network, and HF_TOKEN for gated models; a local directory works offline.",

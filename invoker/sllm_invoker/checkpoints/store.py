@@ -6,7 +6,9 @@
     <root>/sources/             what was ingested before, so that the same source is recognised
     <root>/verified/<digest>    present: every byte was checked here, with the file's stat at that time
     <root>/tmp/                 ingests under way; each holds a lock on its directory
-    <root>/locks/               files to lock: one ingest per content
+    <root>/rooms/               bytes that were promised to ingests under way; each holds a lock on its file
+    <root>/usage.json           how often each object was used, and what its source is (`usage`)
+    <root>/locks/               files to lock: one ingest per content, and objects that are in use
 
 It imports no torch: the agent uses it. It does not write objects (`ingest` does). Invariant: a directory under
 objects/ is whole — it is renamed there when complete and renamed away before it is removed.
@@ -53,12 +55,26 @@ class StoreEntry:
         return self.manifest.digest
 
 
+class Lease:
+    """The hold of this process on an object: it is not removed before `close`, or before the process has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class CheckpointStore:
     """All that is kept under one root. Safe to use from several processes at once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("objects", "refs", "pins", "sources", "verified", "locks", "tmp"):
+        for name in ("objects", "refs", "pins", "sources", "verified", "locks", "rooms", "tmp"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
@@ -77,7 +93,7 @@ class CheckpointStore:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return (self.root / "refs" / ref).read_text().strip()
         if len(ref) >= 8 and is_digest(ref.ljust(64, "0")):
-            found = [name for name in self._digests() if name.startswith(ref)]
+            found = [name for name in self.digests() if name.startswith(ref)]
             if len(found) == 1:
                 return found[0]
         known = ", ".join(sorted(self._refs())) or "none"
@@ -95,27 +111,31 @@ class CheckpointStore:
         for name, digest in self._refs().items():
             refs.setdefault(digest, []).append(name)
         entries = []
-        for digest in self._digests():
+        for digest in self.digests():
             with contextlib.suppress(CheckpointError, BadSpec):
                 manifest = read_manifest(self.path(digest))
                 names = tuple(sorted(refs.get(digest, ())))
                 entries.append(StoreEntry(manifest=manifest, refs=names, pinned=self.is_pinned(digest)))
         return tuple(sorted(entries, key=lambda entry: (entry.manifest.source.name, entry.digest)))
 
-    # -- name, pin, remove -----------------------------------------------------------------------------------
+    def digests(self) -> tuple[str, ...]:
+        """Every object's, readable or not."""
+        return tuple(sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name)))
+
+    # -- name, pin, use, remove -----------------------------------------------------------------------------------
 
     def set_ref(self, name: str, digest: str) -> None:
         """Point a name at a digest, replacing what it pointed at. Raises BadSpec for a bad name."""
         check_name(name)
         path = self.root / "refs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, digest + "\n")
+        write_atomically(path, digest + "\n")
 
     def remove_ref(self, name: str) -> None:
         (self.root / "refs" / name).unlink(missing_ok=True)
 
     def pin(self, ref: str) -> None:
-        _write_atomically(self.root / "pins" / self.resolve(ref), "")
+        write_atomically(self.root / "pins" / self.resolve(ref), "")
 
     def unpin(self, ref: str) -> None:
         (self.root / "pins" / self.resolve(ref)).unlink(missing_ok=True)
@@ -123,32 +143,63 @@ class CheckpointStore:
     def is_pinned(self, digest: str) -> bool:
         return (self.root / "pins" / digest).exists()
 
+    def use(self, digest: str) -> Lease:
+        """Have the object stay, here already or brought later, until the lease is closed."""
+        return Lease(self._users(digest))
+
+    def in_use(self, digest: str) -> bool:
+        """Whether any process has a lease on it."""
+        try:
+            with self._alone(digest):
+                return False
+        except Conflict:
+            return True
+
     def remove(self, ref: str) -> None:
         """Remove an object and every name it has. Processes that have it mapped keep their bytes.
 
-        Raises CheckpointUnavailable, and Conflict while it is pinned."""
+        Raises CheckpointUnavailable, and Conflict while it is pinned or in use."""
         digest = self.resolve(ref)
-        if self.is_pinned(digest):
-            raise Conflict(f"checkpoint {ref} is pinned.", hint="Unpin it first.")
-        for name, target in self._refs().items():
-            if target == digest:
-                self.remove_ref(name)
-        (self.root / "verified" / digest).unlink(missing_ok=True)
         doomed = self.root / "tmp" / f"removed-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileNotFoundError):
-            self.path(digest).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        with self._alone(digest):
+            if self.is_pinned(digest):
+                raise Conflict(f"checkpoint {ref} is pinned.", hint="Unpin it first.")
+            for name, target in self._refs().items():
+                if target == digest:
+                    self.remove_ref(name)
+            (self.root / "verified" / digest).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.path(digest).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _alone(self, digest: str) -> Iterator[None]:
+        """Nobody has a lease on it, nor gets one meanwhile. Raises Conflict."""
+        handle = os.open(self._users(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise Conflict(
+                f"checkpoint {digest[:12]} is in use.", hint="Stop its instances, or delete its app first."
+            ) from None
+        finally:
+            os.close(handle)
+
+    def _users(self, digest: str) -> Path:
+        return self.root / "locks" / f"{digest}.use"
 
     # -- verify ----------------------------------------------------------------------------------------------
 
     def verify(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
         """Read and check every byte. Raises CheckpointCorrupt; remembers success for `ensure_verified`."""
-        checkpoint = self.get(ref)
-        mark = self.root / "verified" / checkpoint.digest
-        mark.unlink(missing_ok=True)
-        before = _stat_line(checkpoint)
-        verify_object(checkpoint, progress)
-        _write_atomically(mark, before)
+        with contextlib.closing(self.use(self.resolve(ref))):
+            checkpoint = self.get(ref)
+            mark = self.root / "verified" / checkpoint.digest
+            mark.unlink(missing_ok=True)
+            before = _stat_line(checkpoint)
+            verify_object(checkpoint, progress)
+            write_atomically(mark, before)
         return checkpoint
 
     def ensure_verified(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
@@ -170,7 +221,7 @@ class CheckpointStore:
         """A private directory under tmp/, removed at the end; those of dead processes are removed first."""
         name = self.root / "tmp" / uuid.uuid4().hex
         with self._lock("tmp.lock"):
-            self._clean()
+            self._sweep()
             name.mkdir()
             handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -206,10 +257,10 @@ class CheckpointStore:
         return None
 
     def remember(self, key: str, digest: str) -> None:
-        _write_atomically(self.root / "sources" / key, digest)
+        write_atomically(self.root / "sources" / key, digest)
 
     def only_one(self, key: str) -> contextlib.AbstractContextManager[None]:
-        """One process at a time ingests what `key` names."""
+        """One process at a time does what `key` names."""
         return self._lock(f"{key}.lock")
 
     @contextlib.contextmanager
@@ -221,13 +272,20 @@ class CheckpointStore:
         finally:
             os.close(handle)
 
-    def _clean(self) -> None:
+    def sweep(self) -> None:
         """Remove what dead processes left in tmp/: whoever is alive holds a lock on its directory."""
+        with self._lock("tmp.lock"):
+            self._sweep()
+
+    def _sweep(self) -> None:
         for path in (self.root / "tmp").iterdir():
             if not path.is_dir():
                 path.unlink(missing_ok=True)
                 continue
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue  # who was removing it has done so
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
@@ -235,9 +293,6 @@ class CheckpointStore:
                 pass
             finally:
                 os.close(handle)
-
-    def _digests(self) -> tuple[str, ...]:
-        return tuple(sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name)))
 
     def _refs(self) -> dict[str, str]:
         refs = self.root / "refs"
@@ -272,13 +327,17 @@ def _sync_and_seal(path: Path) -> None:
         os.close(handle)
 
 
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """A full disk or quota as StorageFull."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise StorageFull(
                 f"no space left under {root}.", hint="`sllm checkpoint rm` removes checkpoints that nothing needs."
             ) from error
@@ -293,7 +352,7 @@ def _stat_line(checkpoint: CheckpointObject) -> str:
     return "".join(lines)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with storage_errors(path.parent):
         try:
