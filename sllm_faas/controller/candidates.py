@@ -301,8 +301,11 @@ class Candidates:
             starts = abs(heir.asked + heir.predicted - now)
             return starts + move_times.seconds(self.state.book, function, instance.tokens)
         left = ENDS
-        if heir is not None or instance.id in self.state.moves:
+        move = self.state.moves.get(instance.id)
+        if heir is not None or move is not None:
             left = move_times.seconds(self.state.book, function, instance.tokens)
+            if move is None or move.state != "resting":
+                return left  # under way: who turned away for a while would find the room just come
         elif instance.running:  # exponential service times, as for a slot: what has passed says nothing
             each = service_time(self.state.book, function)
             left = SERVING if each is None else each.seconds
