@@ -293,8 +293,8 @@ class Candidates:
         return inf
 
     def _ends(self, instance: Instance) -> float:
-        """Seconds until an instance that ends has ended. What takes longer than expected is expected to take as long
-        again: what holds it up is not known."""
+        """Seconds until an instance that ends has ended. What takes longer than expected, but for a move under way, is
+        expected to take as long again: what holds it up is not known."""
         ledger, now, function = self.ledger, self.ledger.now, f"{instance.target.app}/{instance.target.function}"
         heir = self.state.instances.get(ledger.replacement(instance.id))
         if heir is not None and heir.state in ("requested", "starting"):
@@ -304,13 +304,12 @@ class Candidates:
         move = self.state.moves.get(instance.id)
         if heir is not None or move is not None:
             left = move_times.seconds(self.state.book, function, instance.tokens)
-            if move is None or move.state != "resting":
-                return left  # under way: who turned away for a while would find the room just come
         elif instance.running:  # exponential service times, as for a slot: what has passed says nothing
             each = service_time(self.state.book, function)
             left = SERVING if each is None else each.seconds
         since = now if instance.draining_since is None else instance.draining_since
-        left = max(left, now - since)
+        if move is None or move.state == "resting":  # one under way is nearly over: who turns away meets the next
+            left = max(left, now - since)
         return left if instance.drain is None else min(left, abs(since + instance.drain - now))
 
     def _idle(self, node: Node, own: Collection[str]) -> list[Idle]:

@@ -113,6 +113,13 @@ def test_what_is_to_go_on_elsewhere_is_expected_to_have_gone(seconds, source, he
     assert freed(at(seconds, *instances, moves=("i",))) == pytest.approx(left)
 
 
+@pytest.mark.parametrize(("drain", "left"), [(None, MOVE), (7.05, 0.05)])
+def test_a_move_under_way_is_expected_to_end_as_estimated_also_when_it_is_late(drain, left):
+    known = at(7.0, ending(running=1, drain=drain), moves=("i",))
+    known.state.moves["i"].state = "moving"
+    assert freed(known) == pytest.approx(left)
+
+
 def test_room_is_there_when_the_last_of_those_that_are_needed_for_it_has_ended():
     known = at(0.0, ending(), ending("j", 2, running=1, gpus=1), ending("k", 3, running=1, drain=0.5, gpus=1))
     assert freed(known, 400) == ENDS
