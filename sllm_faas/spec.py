@@ -23,6 +23,8 @@ APP_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
 SECRET_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
 
+MAX_RANKS = 1024
+"""Ranks that a checkpoint may be split for."""
 MAX_PAYLOAD = 64 * 1024 * 1024
 """Bytes of one argument or result payload; HTTP bodies above it are a 413."""
 
@@ -40,6 +42,12 @@ def check_app_name(value: str) -> str:
 def check_function_name(value: str) -> str:
     _check_name(FUNCTION_NAME, "function", value, "a letter or '_', then up to 62 letters, digits, '_' or '-'")
     return value
+
+
+def check_tensor_parallel(value: int) -> None:
+    """Ranks that a checkpoint is split for. Raises ValueError."""
+    if type(value) is not int or not 1 <= value <= MAX_RANKS:
+        raise ValueError(f"tensor_parallel is {value!r}; allowed: an integer, 1 to {MAX_RANKS}")
 
 
 def _check_range(what: str, value: float, low: float, high: float) -> None:
@@ -166,15 +174,18 @@ class CheckpointSpec:
     """Where weights come from: a Hugging Face repo id, a folder behind https:// or s3://, or a directory of the
     server's machine. `revision` of a URL is the content's digest, `blake3:` and 64 hex digits, or empty.
 
-    `digest` is filled in by the platform once it is ingested.
+    `digest` is filled in by the platform once it is ingested. `tensor_parallel`: the ranks that share its weights out,
+    each of which reads only its part of them; functions, which run in one process, take checkpoints of 1.
     """
 
     source: str
     revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     digest: str = ""
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
+        check_tensor_parallel(self.tensor_parallel)
         if not self.source or len(self.source) > 4096 or "\0" in self.source:
             raise ValueError(f"checkpoint source is {self.source!r}; allowed: a repo id, a URL or a directory")
 
@@ -242,6 +253,12 @@ class FunctionSpec:
         adapters = [adapter.name for adapter in self.adapters]
         if len(set(adapters)) != len(adapters):
             raise ValueError(f"llm {self.name!r} has two adapters of one name: {adapters}")
+        for key, checkpoint in self.checkpoints().items():
+            if checkpoint.tensor_parallel != 1:
+                raise ValueError(
+                    f"checkpoint of {key!r} has tensor_parallel {checkpoint.tensor_parallel}; allowed: 1, because "
+                    "functions run in one process"
+                )
         if self.adapters and self.kind != "llm":
             raise ValueError(f"function {self.name!r} has adapters; allowed: only llms")
         if self.parameters and self.kind != "class":

@@ -103,7 +103,7 @@ class Ingests:
         who waits for it is cancelled.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
-        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
+        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base, str(checkpoint.tensor_parallel))
         flight = self._running.get(key) or self._begin(key, checkpoint, name, base, forward=forward)
         flight.reports.append(report)
         try:
@@ -149,7 +149,7 @@ class Ingests:
 
     def _used(self, found: CheckpointObject, checkpoint: CheckpointSpec, base: str) -> None:
         """Noted beside what comes next."""
-        asked = usage.Asked(checkpoint.source, checkpoint.revision, checkpoint.dtype, base)
+        asked = usage.Asked(checkpoint.source, checkpoint.revision, checkpoint.dtype, base, checkpoint.tensor_parallel)
         size = found.manifest.total_bytes
         asyncio.get_running_loop().run_in_executor(None, usage.used, self.store, found.digest, size, asked)
 
@@ -171,7 +171,7 @@ class Ingests:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
         command += ["--source", checkpoint.source, "--name", name]
         command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype, "--base", base]
-        command += ["--limit", str(self._limit)]
+        command += ["--tensor-parallel", str(checkpoint.tensor_parallel), "--limit", str(self._limit)]
         with contextlib.ExitStack() as stack:
             passed: tuple[int, ...] = ()
             if forward and (end := self._feed()) is not None:

@@ -143,7 +143,15 @@ class LocalPlatform:
             ) from None
         root = self._checkpoints or Config.load()[0].checkpoints_dir
         store = CheckpointStore(root)
-        made = ingest(store, checkpoint.source, name, revision=checkpoint.revision, dtype=checkpoint.dtype, base=base)
+        made = ingest(
+            store,
+            checkpoint.source,
+            name,
+            revision=checkpoint.revision,
+            dtype=checkpoint.dtype,
+            tensor_parallel=checkpoint.tensor_parallel,
+            base=base,
+        )
         self._stack.callback(store.use(made.digest).close)
         return store.path(made.digest)
 

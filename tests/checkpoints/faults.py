@@ -138,13 +138,15 @@ async def node(root: Path, forks: Forks, limit_mb: int, options: tuple[str, ...]
 # -- ingest --------------------------------------------------------------------------------------------------
 
 
-async def kill_ingests(forks: Forks, source: Path | str, root: Path, count: int, seed: int = 1) -> Kills:
+async def kill_ingests(
+    forks: Forks, source: Path | str, root: Path, count: int, seed: int = 1, ranks: int = 1
+) -> Kills:
     """Kill an ingest at a random one of its events, look at what is visible, and start it again."""
     chance, partial, unfinished = random.Random(seed), 0, 0
     store = CheckpointStore(root)
 
     async def run(die: int = 0) -> str | None:
-        return await forks.run("ingest", root=root, source=source, name="model", die=die)
+        return await forks.run("ingest", root=root, source=source, name="model", die=die, ranks=ranks)
 
     whole = await run()
     assert whole is not None

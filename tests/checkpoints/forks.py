@@ -175,6 +175,7 @@ def _ingest(line: _Line, channel: int, request: dict[str, str]) -> None:
         progress=step,
         forward=forward,
         limit=int(request.get("limit", 0)),
+        tensor_parallel=int(request.get("ranks", 1)),
     )
     line.say(f"{result.digest} {events}")
 

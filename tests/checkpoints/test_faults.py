@@ -28,6 +28,13 @@ async def test_an_ingest_killed_anywhere_shows_nothing_partial_and_is_finished_b
     assert (tally.kills, tally.partial, tally.unfinished) == (5, 0, 0)
 
 
+async def test_an_ingest_in_parts_killed_anywhere_shows_nothing_partial_and_is_finished_by_the_next(
+    forks, source, tmp_path
+):
+    tally = await kill_ingests(forks, source, tmp_path / "killed", 5, ranks=2)
+    assert (tally.kills, tally.partial, tally.unfinished) == (5, 0, 0)
+
+
 async def test_a_pull_killed_anywhere_goes_on_with_what_it_had(forks, source, tmp_path):
     with serving(source) as server:
         tally = await kill_ingests(forks, server.url, tmp_path / "killed", 4)

@@ -27,6 +27,7 @@ from sllm_invoker.checkpoints.object import (
     Source,
     file_digest,
     identity,
+    part_names,
 )
 from sllm_invoker.checkpoints.part import write_part
 from sllm_invoker.checkpoints.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from sllm_invoker.checkpoints.store import CheckpointStore
 
-PART_NAME = "part-0-of-1.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -100,6 +100,12 @@ def write_adapter(
     """Make the object of an adapter of `base`; its digest. Raises BadSpec, CheckpointCorrupt."""
     if base.manifest.base:
         raise BadSpec(f"{base.manifest.source.name} is an adapter itself; an adapter adapts a model.", param="base")
+    if base.manifest.layout.tensor_parallel != 1:
+        raise BadSpec(
+            f"{base.manifest.source.name} is in parts for {base.manifest.layout.tensor_parallel} ranks; the base of an "
+            "adapter must be whole.",
+            param="base",
+        )
     report(0, 0, "load")
     config = read_config(origin.directory / ADAPTER_CONFIG)
     pairs = _pairs(origin, base)
@@ -115,7 +121,9 @@ def write_adapter(
         path.write_bytes((origin.directory / ADAPTER_CONFIG).read_bytes())
         files = (FileEntry(path.name, path.stat().st_size, file_digest(path)),)
         order = {module: index for index, module in enumerate(_modules(base))}
-        part = write_part(work / PART_NAME, {name: ("parameter", t) for name, t in tensors.items()}, order, report)
+        part = write_part(
+            work / part_names(1)[0], {name: ("parameter", t) for name, t in tensors.items()}, order, report
+        )
         layout = Layout(facts.layout.version, facts.layout.transformers, "float32")
         manifest = Manifest(
             format=FORMAT_VERSION,

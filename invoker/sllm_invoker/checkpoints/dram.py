@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sllm_faas.errors import Cancelled, CheckpointError, SllmError, StorageFull
 from sllm_invoker.checkpoints.eviction import CostAware, Policy, choose, may_promote
-from sllm_invoker.checkpoints.object import Part, read_manifest
+from sllm_invoker.checkpoints.object import CheckpointObject, Part, read_manifest
 from sllm_invoker.checkpoints.page_cache import resident
 from sllm_invoker.checkpoints.priority import Priority
 from sllm_invoker.checkpoints.reader import Opener, Reader, Reading, ReadReport, open_direct
@@ -237,7 +237,7 @@ class DramTier:
             manifest = read_manifest(directory)
             if manifest.digest != digest:
                 raise CheckpointError(f"{directory} holds checkpoint {manifest.digest[:12]}, not {digest[:12]}.")
-            part = self._parts[digest] = manifest.parts[0]
+            part = self._parts[digest] = CheckpointObject(directory, manifest).parts_of(None)[0]
         return part
 
     def _begin(self, digest: str, directory: Path, part: Part, priority: int) -> Load:

@@ -1,7 +1,7 @@
 """From a model somewhere to a checkpoint object in the store.
 
-    python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D] [--forward FD]
-                                            [--limit BYTES]
+    python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D]
+                                            [--tensor-parallel RANKS] [--forward FD] [--limit BYTES]
 
 prints one JSON line per step of progress, `{"stage", "done", "total"}`, one per object that made room for this one,
 `{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest",
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, SllmError, to_info
+from sllm_faas.spec import check_tensor_parallel
+from sllm_invoker.checkpoints import tensor_parallel as parallel
 from sllm_invoker.checkpoints import usage
 from sllm_invoker.checkpoints.adapter import write_adapter
 from sllm_invoker.checkpoints.forward import Forward
@@ -48,7 +50,7 @@ from sllm_invoker.checkpoints.object import (
     first_line,
     identity,
 )
-from sllm_invoker.checkpoints.part import collect, nowhere, write_part
+from sllm_invoker.checkpoints.part import collect, nowhere, write_parts
 from sllm_invoker.checkpoints.room import Evicted, Room
 from sllm_invoker.checkpoints.source import (
     Origin,
@@ -63,7 +65,6 @@ from sllm_invoker.checkpoints.source import (
 from sllm_invoker.checkpoints.store import CheckpointStore, check_name, is_full, storage_errors
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PART_NAME = "part-0-of-1.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def ingest(
     *,
     revision: str = "",
     dtype: str = "auto",
+    tensor_parallel: int = 1,
     base: str = "",
     progress: Progress | None = None,
     forward: Forward | None = None,
@@ -89,16 +91,22 @@ def ingest(
     evicted: Callable[[Evicted], None] | None = None,
 ) -> Ingested:
     """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
-    adapter needs its `base`: the name or digest of a checkpoint in the store. A model that had to be written is in the
-    DRAM tier too where `forward` finds room there. `limit`: bytes that all checkpoints may take (0: what the disk has);
-    where there is too little room others leave (`room`), and `evicted` is told of each.
+    adapter needs its `base`: the name or digest of a checkpoint in the store. `tensor_parallel`: ranks that share
+    the weights out, as transformers' plan for the model says; each reads what all have and its own slices. A model that
+    had to be written, for one, is in the DRAM tier too where `forward` finds room there. `limit`: bytes that all
+    checkpoints may take (0: what the disk has); where there is too little room others leave (`room`), and `evicted` is
+    told of each.
 
-    Raises BadSpec (not a model, refused, bad name or dtype), CheckpointUnavailable (cannot be reached),
-    CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
+    Raises BadSpec (not a model, refused, bad name or dtype, no equal shares), CheckpointUnavailable (cannot be
+    reached), CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
     """
     if dtype not in DTYPES:
         raise BadSpec(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
     check_name(name)
+    try:
+        check_tensor_parallel(tensor_parallel)
+    except ValueError as error:
+        raise BadSpec(f"{error}.", param="tensor_parallel") from None
     report = progress or _silent
     began = time.monotonic()
     report(0, 0, "resolve")
@@ -106,13 +114,15 @@ def ingest(
     if origin.adapter != bool(base):
         what = "is a LoRA adapter and needs its base" if origin.adapter else "is no LoRA adapter and has no base"
         raise BadSpec(f"{source} {what}.", hint="--base names the checkpoint that an adapter adapts.", param="base")
+    if base and tensor_parallel != 1:
+        raise BadSpec(f"{source} is a LoRA adapter; its tensor_parallel must be 1.", param="tensor_parallel")
     with contextlib.ExitStack() as stack:
         adapted = None
         if base:
             base = store.resolve(base)
             stack.callback(store.use(base).close)
             adapted = store.get(base)
-        layout = layout_key(dtype, base)
+        layout = layout_key(dtype, base, tensor_parallel)
         # Two keys: the cheap one holds while no file was touched, the sure one while content is the same.
         quick = stat_key(origin, layout)
         stack.enter_context(storage_errors(store.root))
@@ -134,7 +144,7 @@ def ingest(
                 def write(forward: Forward | None) -> str:
                     if adapted is not None:
                         return write_adapter(store, origin, content, adapted, report)
-                    return _write(store, origin, content, dtype, report, forward, room)
+                    return _write(store, origin, content, dtype, tensor_parallel, report, forward, room)
 
                 room.make(download_bytes(origin) + object_bytes(origin, dtype), _download(origin))
                 try:
@@ -152,7 +162,7 @@ def ingest(
         store.set_ref(name, digest)
         took = time.monotonic() - began if found is None else 0.0
         size = (found or store.get(digest)).manifest.total_bytes
-        usage.used(store, digest, size, usage.Asked(source, revision, dtype, base), took)
+        usage.used(store, digest, size, usage.Asked(source, revision, dtype, base, tensor_parallel), took)
         return Ingested(digest=digest, name=name, known=found is not None)
 
 
@@ -184,37 +194,45 @@ def _write(
     origin: Origin,
     content: str,
     dtype: str,
+    ranks: int,
     report: Progress,
     forward: Forward | None,
     room: Room,
 ) -> str:
+    if ranks > 1:  # the memory tier holds whole objects
+        forward = None
     if forward is not None:  # first: its memory is faulted beside imports and conversion
         forward.expect(sum(path.stat().st_size for path in origin.files if path.suffix == ".safetensors"))
     from sllm_invoker.runner import quantized
     from sllm_invoker.runner.attach import probe
 
     report(0, 0, "load")
-    model, architecture, known_dtype = _load(origin, dtype)
+    config, architecture = _described(origin, dtype, ranks)
+    splits = parallel.plan(config, architecture, ranks) if ranks > 1 else {}
+    model, known_dtype = _load(origin, config, architecture, dtype)
     stored = collect(model)
+    parallel.check_ties(stored.ties, splits)
     found = probe(model)
     with store.workspace() as work:
         files = _write_side_files(work, origin, model)
         beside = sum(entry.bytes for entry in files)
         room.make(download_bytes(origin) + stored.bytes + beside, _download(origin))  # what is known by now
-        part = write_part(work / PART_NAME, stored.tensors, found.order, report, forward.memory if forward else nowhere)
-        layout = Layout(version=LAYOUT_VERSION, transformers=version("transformers"), dtype=known_dtype)
-        digest = identity(layout, (part,), files, "")
+        memory = forward.memory if forward else nowhere
+        parts = write_parts(work, stored, splits, ranks, found.order, report, memory)
+        total = sum(part.bytes for part in parts)
+        layout = Layout(LAYOUT_VERSION, version("transformers"), known_dtype, ranks)
+        digest = identity(layout, parts, files, "")
         manifest = Manifest(
             format=FORMAT_VERSION,
             digest=digest,
             source=Source(name=origin.name, digest=content, revision=origin.revision),
             layout=layout,
             architecture=architecture,
-            parts=(part,),
+            parts=parts,
             ties=stored.ties,
             files=files,
             parameters=model.num_parameters(),
-            total_bytes=part.bytes,
+            total_bytes=total,
             kv_bytes_per_token=found.kv_bytes_per_token,
             max_context=_max_context(model.config, work),
             vocabulary=found.vocabulary,
@@ -222,27 +240,38 @@ def _write(
             batched=found.batched,
             chat_template=_has_chat_template(work),
             quantization=quantized.method(model.config),
+            splits={name: split for name, split in splits.items() if name in stored.tensors},
         )
-        report(part.bytes, part.bytes, "sync")
+        report(total, total, "sync")
         store.finish(work, manifest)
     store.ensure_verified(digest)
     if forward is not None:
-        forward.hand_over(digest, store.path(digest), part.bytes)
+        forward.hand_over(digest, store.path(digest), total)
     return digest
 
 
-def _load(origin: Origin, dtype: str) -> tuple[Any, str, str]:
-    """The model as transformers loads it, its class name, its dtype's name."""
+def _described(origin: Origin, dtype: str, ranks: int) -> tuple[Any, str]:
+    """Its config, and the name of its class. Raises BadSpec when that cannot be had as it was asked for."""
     from sllm_invoker.runner import quantized
-    from sllm_invoker.runner.attach import load_config, model_class
+    from sllm_invoker.runner.attach import load_config
 
     config = load_config(origin.directory)
-    if quantized.check(config, origin.name) and dtype != "auto":
-        raise BadSpec(f"{origin.name} is quantised; dtype {dtype!r} cannot be asked of it.", param="dtype")
+    if quantized.check(config, origin.name):
+        if dtype != "auto":
+            raise BadSpec(f"{origin.name} is quantised; dtype {dtype!r} cannot be asked of it.", param="dtype")
+        if ranks > 1:
+            raise BadSpec(f"{origin.name} is quantised; its tensor_parallel must be 1.", param="tensor_parallel")
     names = config.architectures or []
     if len(names) != 1:
         raise BadSpec(f"{origin.name}/config.json must name one architecture; it has {names}.")
-    cls = model_class(names[0])
+    return config, names[0]
+
+
+def _load(origin: Origin, config: Any, architecture: str, dtype: str) -> tuple[Any, str]:
+    """The model as transformers loads it, its dtype's name."""
+    from sllm_invoker.runner.attach import model_class
+
+    cls = model_class(architecture)
     try:
         model, info = cls.from_pretrained(
             origin.directory,
@@ -254,16 +283,16 @@ def _load(origin: Origin, dtype: str) -> tuple[Any, str, str]:
         )
     except Exception as error:  # whatever its conversion meets in a broken source
         raise CheckpointCorrupt(
-            f"transformers cannot load {origin.name} as {names[0]}: {first_line(error)}."
+            f"transformers cannot load {origin.name} as {architecture}: {first_line(error)}."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointIncomplete(
-            f"{origin.name} lacks {len(missing)} weights that {names[0]} needs, the first is {missing[0]}."
+            f"{origin.name} lacks {len(missing)} weights that {architecture} needs, the first is {missing[0]}."
         )
     if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
         raise CheckpointCorrupt(f"{origin.name}: {mismatched[0]} has another shape than config.json says.")
     model.eval()
-    return model, names[0], str(model.dtype).removeprefix("torch.")
+    return model, str(model.dtype).removeprefix("torch.")
 
 
 def _write_side_files(work: Path, origin: Origin, model: Any) -> tuple[FileEntry, ...]:
@@ -312,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--revision", default="")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--base", default="")
     parser.add_argument("--forward", type=int, default=-1)
     parser.add_argument("--limit", type=int, default=0)
@@ -335,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
                 options.name,
                 revision=options.revision,
                 dtype=options.dtype,
+                tensor_parallel=options.tensor_parallel,
                 base=options.base,
                 progress=progress,
                 forward=forward,

@@ -1,4 +1,4 @@
-"""One contiguous private map over a file, or over slabs one after the other.
+"""One contiguous private map over files one after the other, or over slabs.
 
     [ slab 0 | slab 1 | … | slab n ]      MAP_PRIVATE, readable and writable: copy-on-write
 
@@ -76,7 +76,26 @@ def map_shared(fd: int, length: int) -> Mapping:
 
 def map_file(fd: int, length: int) -> Mapping:
     """The first `length` bytes of a file. Raises OSError."""
-    return Mapping(_mmap(None, length, mmap.MAP_PRIVATE, fd), length, _paged(length))
+    return Mapping(_mmap(None, length, mmap.MAP_PRIVATE, fd), length, paged(length))
+
+
+def map_files(files: Sequence[tuple[int, int]]) -> Mapping:
+    """Files, each a descriptor and its length, one behind the other: the next begins on the next page (`paged`). The
+    descriptors may be closed afterwards. Raises OSError, ValueError."""
+    lengths = [length for _, length in files]
+    if not lengths or min(lengths) <= 0:
+        raise ValueError(f"files of {lengths} bytes cannot be mapped")
+    reserved = sum(map(paged, lengths))
+    base = _mmap(None, reserved, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, _PROT_NONE)
+    at = base
+    try:
+        for fd, length in files:
+            _mmap(at, length, mmap.MAP_PRIVATE | _MAP_FIXED, fd)
+            at += paged(length)
+    except OSError:
+        _libc.munmap(base, reserved)
+        raise
+    return Mapping(base, reserved - paged(lengths[-1]) + lengths[-1], reserved)
 
 
 def map_slabs(fds: Sequence[int], slab_bytes: int, length: int, *, shared: bool = False) -> Mapping:
@@ -109,5 +128,6 @@ def _mmap(address: int | None, length: int, flags: int, fd: int, prot: int = mma
     return int(found)
 
 
-def _paged(length: int) -> int:
+def paged(length: int) -> int:
+    """Bytes of the pages that hold `length`."""
     return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -5,6 +5,9 @@
         part-0-of-1.safetensors     weights in runtime layout, tensors in execution order
         config.json, tokenizer.json, generation_config.json, ...
 
+For N ranks of a tensor-parallel model there are N + 1 parts: `shared-of-N.safetensors` has what every rank holds whole,
+`part-R-of-N.safetensors` has rank R's slices of the rest. A rank reads the first and its own.
+
 The part file is plain safetensors that any tool opens; its header is space-padded so that data starts at a
 multiple of 4096 (direct reads), and tensors are 64-byte aligned by `__pad__.N` entries. *Runtime layout* means
 what the module holds after transformers' own conversion, so that attaching is assigning; tensors that no
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -79,6 +82,19 @@ class ByteRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How the ranks share a tensor out: what lies along dimension `dim` is `groups` equal blocks one after the other
+    (2: gate and up in one matrix), and of each of them rank R of N has the R-th N-th."""
+
+    dim: int
+    groups: int = 1
+
+    def whole(self, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+        """The shape of the tensor of which each rank has a share of `shape`."""
+        return (*shape[: self.dim], shape[self.dim] * ranks, *shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """A file beside the weights. `digest` is blake3, hex."""
 
@@ -117,6 +133,8 @@ class Layout:
     version: int
     transformers: str
     dtype: str
+    tensor_parallel: int = 1
+    """Ranks that the weights are split for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +142,8 @@ class Manifest:
     """`ties` maps an alias to the tensor it shares. `kv_bytes_per_token` is 0 for models without a growing
     cache. `batched` says that the row cache was proved against the model's own cache at ingest. `quantization` is the
     method that transformers calls it by, empty for plain weights. `base` is the digest of the model that an adapter
-    adapts, empty for a model; an adapter's model facts are its base's."""
+    adapts, empty for a model; an adapter's model facts are its base's. `splits` says how the ranks share out what each
+    has a slice of; the tensors of their parts are slices, and every other number here is of the whole model."""
 
     format: int
     digest: str
@@ -144,6 +163,7 @@ class Manifest:
     chat_template: bool
     quantization: str = ""
     base: str = ""
+    splits: dict[str, Split] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +177,24 @@ class CheckpointObject:
     def digest(self) -> str:
         return self.manifest.digest
 
-    def part_path(self, rank: int = 0) -> Path:
-        return self.directory / self.manifest.parts[rank].name
+    def part_path(self, index: int = 0) -> Path:
+        return self.directory / self.manifest.parts[index].name
+
+    def parts_of(self, rank: int | None) -> tuple[Part, ...]:
+        """What a process reads: what all ranks share and then the rank's own; the only part where there are no ranks
+        (None). Raises BadSpec for a rank that the object has not got."""
+        parts, ranks = self.manifest.parts, self.manifest.layout.tensor_parallel
+        if rank is None and ranks == 1:
+            return parts
+        if rank is None or not 0 <= rank < ranks or ranks == 1:
+            has = f"is in parts for {ranks} ranks, 0 to {ranks - 1}" if ranks > 1 else "is not split for ranks"
+            asked = "a process that is no rank" if rank is None else f"rank {rank}"
+            raise BadSpec(
+                f"checkpoint {self.digest[:12]} {has}; {asked} cannot use it.",
+                hint="`tensor_parallel` of the checkpoint says for how many ranks it is made; 1: for one process.",
+                param="tensor_parallel",
+            )
+        return parts[0], parts[1 + rank]
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -189,10 +225,18 @@ class Header:
     file_bytes: int
 
 
+def part_names(ranks: int) -> tuple[str, ...]:
+    """The names of an object's parts: what is shared, then each rank's."""
+    if ranks == 1:
+        return ("part-0-of-1.safetensors",)
+    return (f"shared-of-{ranks}.safetensors", *(f"part-{rank}-of-{ranks}.safetensors" for rank in range(ranks)))
+
+
 def identity(layout: Layout, parts: tuple[Part, ...], files: tuple[FileEntry, ...], base: str) -> str:
     """The digest that names an object: blake3 over layout, weight digests, file digests, and an adapter's base."""
+    ranks = [layout.tensor_parallel] if layout.tensor_parallel != 1 else []
     facts = [
-        [layout.version, layout.transformers, layout.dtype],
+        [layout.version, layout.transformers, layout.dtype, *ranks],
         [[part.name, part.digest] for part in parts],
         [[file.name, file.digest] for file in sorted(files, key=lambda f: f.name)],
         base,
@@ -218,6 +262,8 @@ def open_object(directory: Path) -> CheckpointObject:
         _check_size(directory / file.name, file.bytes)
     for part in manifest.parts:
         _check_part(directory / part.name, part)
+    if manifest.layout.tensor_parallel > 1:
+        _check_ranks(directory / MANIFEST, manifest)
     aliased = set(manifest.ties.values())
     stored = {tensor.name for part in manifest.parts for tensor in part.tensors}
     if missing := aliased - stored:
@@ -241,6 +287,9 @@ def read_manifest(directory: Path) -> Manifest:
     manifest = _decode_manifest(path, raw)
     if not manifest.parts or not is_digest(manifest.digest):
         raise _corrupt(path, "no parts, or no digest")
+    ranks = manifest.layout.tensor_parallel
+    if ranks < 1 or len(manifest.parts) != (ranks + 1 if ranks > 1 else 1):
+        raise _corrupt(path, f"it has {len(manifest.parts)} parts for {ranks} ranks")
     names = [entry.name for entry in manifest.files] + [part.name for part in manifest.parts]
     for name in names:
         if not name or name != Path(name).name or name in (".", ".."):
@@ -344,6 +393,23 @@ def _check_part(path: Path, part: Part) -> None:
         raise _corrupt(path, f"tensor {min(actual)} is not in the manifest")
     if len(part.chunks) != -(-part.bytes // CHUNK_BYTES):
         raise _corrupt(path, f"the manifest has {len(part.chunks)} chunk sums for {part.bytes} bytes")
+
+
+def _check_ranks(path: Path, manifest: Manifest) -> None:
+    """Every rank has a share of the same tensors, and they are those that are split."""
+    shared, first, *others = manifest.parts
+    for part in others:
+        if part.tensors != first.tensors:
+            raise _corrupt(path, f"{part.name} has other tensors than {first.name}")
+    if {tensor.name for tensor in first.tensors} != manifest.splits.keys():
+        raise _corrupt(path, f"the tensors of {first.name} are not those that are split")
+    for tensor in first.tensors:
+        dim, groups = manifest.splits[tensor.name].dim, manifest.splits[tensor.name].groups
+        if not (0 <= dim < len(tensor.shape) and groups >= 1 and tensor.shape[dim] % groups == 0):
+            what = f"along dimension {dim} in {groups} groups"
+            raise _corrupt(path, f"{tensor.name} with shares of shape {list(tensor.shape)} cannot be split {what}")
+    if twice := manifest.splits.keys() & {tensor.name for tensor in shared.tensors}:
+        raise _corrupt(path, f"{min(twice)} is split and shared")
 
 
 def _check_size(path: Path, expected: int) -> None:

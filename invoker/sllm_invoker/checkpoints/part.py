@@ -27,8 +27,10 @@ from sllm_invoker.checkpoints.object import (
     ByteRange,
     Part,
     Progress,
+    Split,
     TensorEntry,
     TensorKind,
+    part_names,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +81,41 @@ def collect(model: Any) -> Stored:
 def nowhere(_size: int) -> Sequence[memoryview]:
     """The file is all."""
     return ()
+
+
+def write_parts(
+    directory: Path,
+    stored: Stored,
+    splits: dict[str, Split],
+    ranks: int,
+    order: dict[str, int],
+    report: Progress,
+    memory: Callable[[int], Sequence[memoryview]] = nowhere,
+) -> tuple[Part, ...]:
+    """The weights, for as many ranks: the one part of one, else what they share and what each has. `memory` is for a
+    single part."""
+    names = part_names(ranks)
+    if ranks == 1:
+        return (write_part(directory / names[0], stored.tensors, order, report, memory),)
+    from sllm_invoker.checkpoints.tensor_parallel import share
+
+    shared = {name: held for name, held in stored.tensors.items() if name not in splits}
+    parts: list[Part] = []
+    for rank, name in enumerate(names, start=-1):  # the first is nobody's own
+        tensors = shared
+        if rank >= 0:
+            tensors = {
+                name: (kind, share(tensor, splits[name], rank, ranks))
+                for name, (kind, tensor) in stored.tensors.items()
+                if name in splits
+            }
+        before = sum(part.bytes for part in parts)
+
+        def progress(done: int, total: int, stage: str, before: int = before) -> None:
+            report(before + done, max(before + total, stored.bytes), stage)
+
+        parts.append(write_part(directory / name, tensors, order, progress))
+    return tuple(parts)
 
 
 def write_part(

@@ -197,7 +197,8 @@ def _changed(store: CheckpointStore, digest: str, asked: Asked) -> str:
         return f"its source {asked.source} is not there any more"
     try:
         origin = resolve(asked.source, asked.revision, store.root / "downloads")
-        known = (store.root / "sources" / stat_key(origin, layout_key(asked.dtype, asked.base))).read_text()
+        layout = layout_key(asked.dtype, asked.base, asked.tensor_parallel)
+        known = (store.root / "sources" / stat_key(origin, layout)).read_text()
     except (SllmError, OSError):
         known = ""
     return "" if known == digest else f"its source {asked.source} has changed"

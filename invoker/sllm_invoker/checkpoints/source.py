@@ -110,9 +110,11 @@ def is_fetched(source: str) -> bool:
     return bool(_REPO_ID.fullmatch(source)) and not Path(source).exists()
 
 
-def layout_key(dtype: str, base: str) -> str:
+def layout_key(dtype: str, base: str, tensor_parallel: int) -> str:
     """What makes an object of a source, its content aside. `base`: the digest of what an adapter adapts."""
     key = f"{LAYOUT_VERSION}|{version('transformers')}|{dtype}"  # not imported: a known source is quick
+    if tensor_parallel != 1:
+        key = f"{key}|for {tensor_parallel} ranks"
     return f"{key}|{base}" if base else key
 
 

@@ -29,6 +29,7 @@ class Asked:
     revision: str = ""
     dtype: str = "auto"
     base: str = ""
+    tensor_parallel: int = 1
 
 
 @dataclass(slots=True)

@@ -8,7 +8,8 @@ Two halves, because a process forks between them:
 The weights are mapped private copy-on-write, from the part file or from the checkpoint store's slabs (`weights`):
 reads see memory that all instances share, a stray write stays in this process. Tensors are views of the map at the
 manifest's offsets. Nothing is initialised, converted or, on a CPU, copied; on a GPU they are views of its memory, into
-which the bytes are copied while the model is bound (`device_weights`).
+which the bytes are copied while the model is bound (`device_weights`). A rank of a tensor-parallel model has its slices
+for parameters; what makes the ranks compute together is put around them by transformers, and not here.
 
 Invariant: after `attach` no parameter, buffer or tensor attribute is on the meta device: `prepare` raises
 CheckpointIncomplete naming the first one that would be. It is not for anything that is not an object of the store.
@@ -27,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete
-from sllm_invoker.checkpoints.object import CheckpointObject, TensorKind, first_line, open_object, verify_files
+from sllm_invoker.checkpoints.object import CheckpointObject, Part, TensorKind, first_line, open_object, verify_files
 from sllm_invoker.runner import quantized
 from sllm_invoker.runner.adapters import Adapters
 from sllm_invoker.runner.adapters import load as load_adapters
 from sllm_invoker.runner.engines.base import AttachReport
 from sllm_invoker.runner.tokens import TextCodec
-from sllm_invoker.runner.weights import Weights, from_file, from_store
+from sllm_invoker.runner.weights import Weights, from_file, from_files, from_store, joined
 
 if TYPE_CHECKING:
     from sllm_invoker.runner.device_weights import Stage
@@ -64,9 +65,11 @@ class Place:
 class Skeleton:
     """A model without weights, what belongs where in it, and what else can be made before the fork. `weights` is set
     by `attach`: to what was `begun`, else it asks the checkpoint store for them where there is a `channel` to it, and
-    copies them to the device behind `stage` where there is one."""
+    copies them to the device behind `stage` where there is one. `part` is what it has of the object: what `rank` reads,
+    all for None."""
 
     checkpoint: CheckpointObject
+    part: Part
     model: Any
     places: tuple[Place, ...]
     codec: TextCodec | None
@@ -76,6 +79,7 @@ class Skeleton:
     """What `attach` puts tensors in place of. Kept: to free them would write to pages that are shared with the
     template, and each would be copied."""
     adapters: Adapters | None = None
+    rank: int | None = None
     channel: int = -1
     stage: Stage | None = None
     begun: Weights | None = None
@@ -87,34 +91,40 @@ class Skeleton:
         return self.stage.device.place if self.stage is not None else torch.device("cpu")
 
 
-def prepare(checkpoint: CheckpointObject | Path, adapters: Mapping[str, Path] | None = None) -> Skeleton:
-    """Build everything that needs no weights of the model; adapters, by name, are small and loaded here.
+def prepare(
+    checkpoint: CheckpointObject | Path, adapters: Mapping[str, Path] | None = None, rank: int | None = None
+) -> Skeleton:
+    """Build everything that needs no weights of the model; adapters, by name, are small and loaded here. `rank`: of a
+    tensor-parallel checkpoint, the one that this process is.
 
     Runs torch on one thread: forking after an OpenMP region with several would deadlock the child in its first one. The
     files it reads are checked against the manifest here: what the store checks as it reads are the weights alone.
 
-    Raises CheckpointCorrupt or BadSpec when config or tokenizer are not usable, or the tensors not the model's;
-    CheckpointIncomplete when one would stay on meta.
+    Raises CheckpointCorrupt or BadSpec when config or tokenizer are not usable, the tensors not the model's, or the
+    rank not one of the checkpoint's; CheckpointIncomplete when a tensor would stay on meta.
     """
     torch.set_num_threads(1)
     if isinstance(checkpoint, Path):
         checkpoint = open_object(checkpoint)
+    part = joined(checkpoint.parts_of(rank))
     verify_files(checkpoint)
     directory, manifest = checkpoint.directory, checkpoint.manifest
     model = build_skeleton(load_config(directory), manifest.architecture)
     model.eval()
     packed = quantized.modules(model)
-    places = _places(model, checkpoint, packed)
+    places = _places(model, checkpoint, part, packed)
     codec = TextCodec.load(directory) if (directory / "tokenizer_config.json").exists() else None
     objects = {name: open_object(path) for name, path in (adapters or {}).items()}
     return Skeleton(
         checkpoint=checkpoint,
+        part=part,
         model=model,
         places=places,
         packed=packed,
         replaced=tuple(holder.get(name) for place in places for holder, name in place.at),
         adapters=load_adapters(model, objects, checkpoint.digest) if objects else None,
         codec=codec,
+        rank=rank,
         eos=end_tokens(directory),
     )
 
@@ -135,10 +145,10 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
             raise BadSpec(
                 f"{directory} holds checkpoint {checkpoint.digest}, the skeleton is of {skeleton.checkpoint.digest}."
             )
-    part = checkpoint.manifest.parts[0]
+    part = skeleton.part
     if skeleton.stage is not None:
         _suit_device(skeleton)
-    weights = skeleton.begun or begin(checkpoint, skeleton.channel, skeleton.stage)
+    weights = skeleton.begun or begin(checkpoint, skeleton.channel, skeleton.stage, skeleton.rank)
     skeleton.channel, skeleton.begun = -1, None
     mapped = time.perf_counter()
     _assign(skeleton.places, weights, skeleton.device)
@@ -156,11 +166,15 @@ def attach(skeleton: Skeleton, directory: Path | None = None) -> AttachReport:
     )
 
 
-def begin(checkpoint: CheckpointObject, channel: int, stage: Stage | None) -> Weights:
+def begin(checkpoint: CheckpointObject, channel: int, stage: Stage | None, rank: int | None = None) -> Weights:
     """The weights alone, mapped and, where there is a `stage`, on their way to its device: the skeleton may be built
-    beside that. Raises as `attach` does."""
-    path, part = checkpoint.part_path(), checkpoint.manifest.parts[0]
-    weights = from_store(channel, path, part) if channel >= 0 else from_file(path, part)
+    beside that. What a rank reads comes from files: the store has whole objects. Raises as `attach` does, and BadSpec
+    for a rank that the checkpoint has not got."""
+    parts, path = checkpoint.parts_of(rank), checkpoint.part_path()
+    if len(parts) > 1:
+        weights = from_files(checkpoint.directory, parts)
+    else:
+        weights = from_store(channel, path, parts[0]) if channel >= 0 else from_file(path, parts[0])
     if stage is None:
         return weights
     from sllm_invoker.runner.device_weights import DeviceWeights
@@ -307,10 +321,13 @@ def probe(model: Any) -> Traits:
     )
 
 
-def _places(model: Any, checkpoint: CheckpointObject, packed: tuple[quantized.Packed, ...]) -> tuple[Place, ...]:
+def _places(
+    model: Any, checkpoint: CheckpointObject, part: Part, packed: tuple[quantized.Packed, ...]
+) -> tuple[Place, ...]:
     """Where each stored tensor belongs. Raises CheckpointCorrupt when one belongs nowhere or has another shape there,
     CheckpointIncomplete when something would stay on the meta device."""
-    part, ties = checkpoint.manifest.parts[0], checkpoint.manifest.ties
+    ties, splits = checkpoint.manifest.ties, checkpoint.manifest.splits
+    ranks = checkpoint.manifest.layout.tensor_parallel
     modules = dict(model.named_modules())
     entries = {entry.name: entry for entry in part.tensors}
     found: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in entries}
@@ -331,7 +348,8 @@ def _places(model: Any, checkpoint: CheckpointObject, packed: tuple[quantized.Pa
             holder: dict[str, Any] = module.__dict__
         else:
             holder = module._parameters if entry.kind == "parameter" else module._buffers
-            _fits(holder, leaf, entry.shape, name)
+            split = splits.get(source)
+            _fits(holder, leaf, split.whole(entry.shape, ranks) if split is not None else entry.shape, name)
         found[source].append((holder, leaf))
     filled = {*entries, *ties}
     if left := next((name for name, _, tensor in model_tensors(model) if tensor.is_meta and name not in filled), None):

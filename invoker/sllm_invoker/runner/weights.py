@@ -1,6 +1,7 @@
 """An instance's weights as one map: over the checkpoint store's slabs, or over the object's own file.
 
     from_file(path, part)              the page cache holds the bytes
+    from_files(directory, parts)       the same for a rank, which reads two: as one part, one behind the other
     from_store(channel, path, part)    slabs, while they are still being filled; `wait` for them
 
 Either way the map is private and copy-on-write, byte N of it is byte N of the part file, and what is read is what all
@@ -20,15 +21,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sllm_faas.errors import CheckpointCorrupt, CheckpointUnavailable, SllmError, WireError, from_info
 from sllm_faas.spec import Tier
 from sllm_invoker.checkpoints import channel
-from sllm_invoker.checkpoints.mapping import MADV_POPULATE_READ, Mapping, advise, map_slabs
-from sllm_invoker.checkpoints.object import Part
+from sllm_invoker.checkpoints.mapping import MADV_POPULATE_READ, Mapping, advise, map_files, map_slabs, paged
+from sllm_invoker.checkpoints.object import ByteRange, Part, TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,31 @@ def from_file(path: Path, part: Part) -> Weights:
     with _opened(path, part) as fd:
         mapped = mmap.mmap(fd, part.bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return Weights(mapped, part, ready=part.bytes)
+
+
+def from_files(directory: Path, parts: Sequence[Part]) -> Weights:
+    """Of the part that they are when `joined`. Raises as `from_file`."""
+    with contextlib.ExitStack() as stack:
+        files = [(stack.enter_context(_opened(directory / part.name, part)), part.bytes) for part in parts]
+        mapped = map_files(files)
+    part = joined(parts)
+    return Weights(mapped.buffer, part, ready=part.bytes)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts as one, as they lie in the map of `from_files`. It has no digest and no sums: those are of the files."""
+    first, at = parts[0], 0
+    if len(parts) == 1:
+        return first
+    tensors: list[TensorEntry] = []
+    layers: list[ByteRange] = []
+    for part in parts:
+        at = paged(at)
+        moved = at + part.data_start - first.data_start
+        tensors += [replace(each, start=each.start + moved, end=each.end + moved) for each in part.tensors]
+        layers += [replace(each, start=each.start + moved, end=each.end + moved) for each in part.layers]
+        at += part.bytes
+    return Part(first.name, at, first.data_start, "", (), tuple(tensors), tuple(layers))
 
 
 def from_store(fd: int, path: Path, part: Part) -> Weights:
