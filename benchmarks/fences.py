@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
-
 from benchmarks.common import Report, arguments, free_port, table
 from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at
 from tests.e2e.fences import dropped, nothing_runs
@@ -131,28 +129,17 @@ class Computing:
         return total
 
 
-def cleared(platform: Platform) -> bool:
-    """Stop all instances, also one that was started because the last call's end was not known yet."""
-    rows = platform.get("/v1/instances")["instances"]
-    for row in rows:
-        httpx.delete(f"{platform.url}/v1/instances/{row['instance']}", headers=platform.headers, timeout=30)
-    return not rows
-
-
 def started(platform: Platform, node: str, kind: type[Long]) -> list[Stream]:
     """Streams that all run on `node` and speak. The other node has had an instance, so it starts one fast."""
     (other,) = (each["name"] for each in platform.get("/v1/nodes")["nodes"] if each["name"] != node)
-    platform.sllm("node", "cordon", node)
-    warm = kind(platform, tokens=1)
-    warm.read()
-    eventually(lambda: cleared(platform), 60, "its instance is gone")
-    platform.sllm("node", "uncordon", node)
-    platform.sllm("node", "cordon", other)
-    streams: list[Stream] = [kind(platform) for _ in range(STREAMS)]
-    for stream in streams:
-        stream.start()
-    eventually(lambda: all(len(stream.values) >= 20 for stream in streams), 60, "every stream speaks")
-    platform.sllm("node", "uncordon", other)
+    with platform.only(other):
+        kind(platform, tokens=1).read()
+        eventually(platform.cleared, 60, "its instance is gone")
+    with platform.only(node):
+        streams: list[Stream] = [kind(platform) for _ in range(STREAMS)]
+        for stream in streams:
+            stream.start()
+        eventually(lambda: all(len(stream.values) >= 20 for stream in streams), 60, "every stream speaks")
     return streams
 
 
@@ -218,7 +205,7 @@ def ended(streams: list[Stream]) -> None:
 
 
 def instances(platform: Platform, node: str) -> list[dict[str, Any]]:
-    return [row for row in platform.get("/v1/instances")["instances"] if row["node"] == node]
+    return [row for row in platform.instances() if row["node"] == node]
 
 
 # -- in the middle of a migration --------------------------------------------------------------------------------------
@@ -298,7 +285,7 @@ def asleep(platform: Platform) -> Outcome:
 
 def frozen(platform: Platform) -> Outcome:
     def freeze() -> None:
-        for row in platform.get("/v1/instances")["instances"]:
+        for row in platform.instances():
             if row["node"] == "node-1" and row["state"] == "ready":
                 os.kill(row["pid"], signal.SIGSTOP)
 

@@ -34,8 +34,6 @@ WARMING = 6000
 VICTIMS = ("controller", "source", "destination", "gateway")
 QUIET = 40.0
 """Seconds in which everything has to be at rest again."""
-ATTEMPTS = 20.0
-"""Seconds for which a client tries to attach again."""
 APP = f"""
 from pathlib import Path
 import sllm
@@ -92,16 +90,6 @@ class Ending:
 class Moving(Counting):
     tokens: int = TOKENS
     model = "boundary/counting"
-
-    def again(self) -> None:
-        """Attach until there is an end or nobody has it any more."""
-        deadline = time.monotonic() + ATTEMPTS
-        while self.end == "broken" or (self.end == "error" and self.problem["code"] in ("unavailable", "conflict")):
-            if time.monotonic() > deadline:
-                return
-            select_nothing(0.2)
-            self.problem = {}
-            self.attach_again()
 
 
 class Scene:

@@ -93,6 +93,31 @@ class Platform:
     def post(self, path: str, body: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, headers=self.headers, timeout=60)
 
+    def delete(self, path: str) -> httpx.Response:
+        return httpx.delete(self.url + path, headers=self.headers, timeout=60)
+
+    def instances(self) -> list[dict[str, Any]]:
+        """What `sllm ps` lists, but at once: what runs may be over in the time that a process takes to start."""
+        rows: list[dict[str, Any]] = self.get("/v1/instances")["instances"]
+        return rows
+
+    def cleared(self) -> bool:
+        """Stop all instances, also one that was started because the last call's end was not known yet."""
+        rows = self.instances()
+        for row in rows:
+            self.delete(f"/v1/instances/{row['instance']}")
+        return not rows
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """What is started within is started on that node: the others are cordoned."""
+        others = [node["name"] for node in self.get("/v1/nodes")["nodes"] if node["name"] != name]
+        for other in others:
+            self.post(f"/v1/nodes/{other}/cordon", {}).raise_for_status()
+        yield
+        for other in others:
+            self.post(f"/v1/nodes/{other}/uncordon", {}).raise_for_status()
+
     def up(self, *flags: str) -> None:
         self.sllm("up", "--daemon", *flags)
 

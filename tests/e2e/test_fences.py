@@ -36,7 +36,7 @@ def test_streams_of_an_invoker_that_sleeps_go_on_elsewhere_and_it_is_told_to_sto
     streams = [Counting(platform) for _ in range(4)]
     threads = [stream.start() for stream in streams]
     eventually(lambda: all(len(stream.values) >= 3 for stream in streams), why="every stream speaks")
-    node = platform.json("ps")[0]["node"]
+    node = platform.instances()[0]["node"]
     pid = pid_of(platform, "sllm_invoker", node)
     os.kill(pid, signal.SIGSTOP)
     finish(streams)

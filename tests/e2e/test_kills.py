@@ -11,26 +11,32 @@ import random
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at
+from tests.e2e.conftest import EXAMPLES, Platform, eventually, platform_at, select_nothing
+from tests.e2e.fences import nothing_runs
 
 pytestmark = pytest.mark.e2e
 ZOO = Path(__file__).parent / "apps/zoo/zoo.py"
-LENGTH = 150
 TOKENS = 500
+MORE = 20
+"""Outputs with which a stream shows that it goes on."""
+ATTEMPTS = 20.0
+"""Seconds for which a client tries to attach again."""
 
 
 @dataclass
 class Stream:
-    """A client thread that reads one stream of `ticks` to its end, whatever the end is."""
+    """A client thread that reads one stream of `ticks` to its end, whatever the end is. It goes on until `enough`."""
 
     platform: Platform
     invocation: str = ""
@@ -39,8 +45,11 @@ class Stream:
     end: str = ""
     """done, error, or broken (the connection ended without a terminal event)."""
     problem: dict[str, Any] = field(default_factory=dict)
+    attached: int = 0
+    """How often it was attached to again."""
     _event: str = ""
     _number: int = -1
+    _name: str = field(default_factory=lambda: uuid4().hex)
 
     def start(self) -> threading.Thread:
         thread = threading.Thread(target=self.read)
@@ -48,12 +57,32 @@ class Stream:
         return thread
 
     function = "ticks"
+    period = 0.03
 
     def read(self) -> None:
         url = f"{self.platform.url}/v1/functions/zoo/{self.function}"
-        self._follow("POST", url, json={"n": LENGTH, "period": 0.03})
+        self._follow("POST", url, json={"until": str(self._until), "period": self.period})
+
+    def enough(self) -> None:
+        """It is to say goodbye."""
+        self._until.touch()
+
+    @property
+    def _until(self) -> Path:
+        return self.platform.state / f"enough-{self._name}"
+
+    def again(self) -> None:
+        """Attach until there is an end or nobody has it any more."""
+        deadline = time.monotonic() + ATTEMPTS
+        while self.end == "broken" or (self.end == "error" and self.problem["code"] in ("unavailable", "conflict")):
+            if time.monotonic() > deadline:
+                return
+            select_nothing(0.2)
+            self.problem = {}
+            self.attach_again()
 
     def attach_again(self) -> None:
+        self.attached += 1
         self.end = ""
         last = {"Last-Event-ID": str(self.ids[-1])} if self.ids else {}
         self._follow("GET", f"{self.platform.url}/v1/invocations/{self.invocation}/events", headers=last)
@@ -88,7 +117,9 @@ class Stream:
 
     @property
     def whole(self) -> bool:
-        return self.end == "done" and self.values == list(range(LENGTH)) == self.ids
+        """Every value once, the goodbye included."""
+        number = len(self.values)
+        return self.end == "done" and self.values == [*range(number - 1), -1] and self.ids == list(range(number))
 
 
 class Strides(Stream):
@@ -97,11 +128,12 @@ class Strides(Stream):
     function = "strides"
 
 
+@dataclass
 class Counting(Stream):
-    """One that reads what a language model counts up, from a start of its own."""
+    """One that reads what a language model counts up, from a start of its own. It ends after `tokens`."""
 
     start_at = 0
-    tokens = TOKENS
+    tokens: int = TOKENS
     model = "counting"
 
     def read(self) -> None:
@@ -147,17 +179,40 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture
 def streams(platform: Platform) -> Iterator[list[Stream]]:
-    """Sixteen streams of three kinds, each of which has already given something."""
-    running = [kind(platform) for kind, number in KINDS.items() for _ in range(number)]
-    threads = [stream.start() for stream in running]
-    eventually(lambda: all(len(stream.values) >= 3 for stream in running), why="every stream speaks")
+    """Sixteen streams of three kinds, each of which has already given something. Those that end by themselves
+    begin when the others speak."""
+    running: list[Stream] = []
+    threads: list[threading.Thread] = []
+
+    def speak() -> bool:
+        return all(len(stream.values) >= 3 for stream in running)
+
+    for kind, number in KINDS.items():
+        begun = [kind(platform) for _ in range(number)]
+        threads += [stream.start() for stream in begun]
+        running += begun
+        eventually(speak, why="every stream speaks")
     yield running
+    for stream in running:
+        stream.enough()
     for thread in threads:
         thread.join(60)
 
 
 def finish(streams: list[Stream]) -> None:
-    eventually(lambda: all(stream.end for stream in streams), 60, "every stream has an end")
+    """Each goes on for a while, if it has no end yet, and then has one."""
+    said = {id(stream): len(stream.values) for stream in streams}
+
+    def over(stream: Stream) -> bool:
+        return stream.end not in ("", "broken")
+
+    def goes_on(stream: Stream) -> bool:
+        return len(stream.values) >= said[id(stream)] + MORE
+
+    eventually(lambda: all(over(stream) or goes_on(stream) for stream in streams), 60, "every stream goes on")
+    for stream in streams:
+        stream.enough()
+    eventually(lambda: all(map(over, streams)), 60, "every stream has an end")
 
 
 def pid_of(platform: Platform, *words: str) -> int:
@@ -173,11 +228,17 @@ def pid_of(platform: Platform, *words: str) -> int:
 
 
 def containers(platform: Platform, function: str) -> list[dict[str, Any]]:
-    return [row for row in platform.json("ps") if row["function"] == function and row["state"] == "ready"]
+    return [row for row in platform.instances() if row["function"] == function and row["state"] == "ready"]
 
 
 def jumps(values: list[int]) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(values) if b != (a + 1) % 1000]
+
+
+def claim(stream: Stream) -> None:
+    """Attach to it again when its gateway is gone."""
+    eventually(lambda: stream.end, 60, "it has an end")
+    stream.again()
 
 
 def unwhole(streams: list[Stream], *kinds: type[Stream]) -> list[Any]:
@@ -211,8 +272,9 @@ def assert_healed(platform: Platform) -> None:
         return answer.status_code == 200 and answer.json() == 2
 
     eventually(works, 60, "a call is answered again")
-    eventually(lambda: platform.get("/v1/status")["counts"]["running"] == 0, why="nothing runs any more")
-    for row in platform.json("ps"):
+    eventually(lambda: nothing_runs(platform), why="nothing runs any more")
+    eventually(lambda: platform.get("/v1/status")["counts"]["running"] == 0, why="and that is known")
+    for row in platform.instances():
         if row["state"] == "ready":
             assert Path(f"/proc/{row['pid']}").exists(), row
     status = platform.get("/v1/status")
@@ -238,7 +300,7 @@ def test_a_killed_container_ends_the_streams_it_alone_could_give_and_no_others(
 def test_a_killed_invoker_ends_the_streams_its_containers_alone_could_give_and_no_others(
     platform: Platform, streams: list[Stream]
 ) -> None:
-    rows = [row for row in platform.json("ps") if row["state"] == "ready"]
+    rows = [row for row in platform.instances() if row["state"] == "ready"]
     victim = next(row["node"] for row in rows if row["function"] == "counting")
     os.kill(pid_of(platform, "sllm_invoker", victim), signal.SIGKILL)
     finish(streams)
@@ -264,26 +326,30 @@ def test_a_killed_controller_hurts_no_stream(platform: Platform, streams: list[S
 def test_the_streams_of_a_killed_gateway_are_attached_to_again_without_a_gap(
     platform: Platform, streams: list[Stream]
 ) -> None:
+    threads = [threading.Thread(target=claim, args=(stream,)) for stream in streams]
     os.kill(pid_of(platform, "sllm_gateway", "gateway-0"), signal.SIGKILL)
-    finish_or_broken = list(streams)
-    eventually(lambda: any(stream.end == "broken" for stream in finish_or_broken), why="its streams broke")
-    broken = [stream for stream in streams if stream.end == "broken"]
-    threads = [threading.Thread(target=stream.attach_again) for stream in broken]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
     finish(streams)
-    assert unwhole(streams) == []
-    assert_healed(platform)
-
-
-def test_streams_of_a_killed_gateway_that_nobody_claims_are_stopped(platform: Platform) -> None:
-    streams = [Stream(platform) for _ in range(4)]
-    threads = [stream.start() for stream in streams]
-    eventually(lambda: all(stream.values for stream in streams))
-    for name in ("gateway-0", "gateway-1"):
-        os.kill(pid_of(platform, "sllm_gateway", name), signal.SIGKILL)
     for thread in threads:
         thread.join(60)
+    assert unwhole(streams) == []
+    assert any(stream.attached for stream in streams)
     assert_healed(platform)
+
+
+def test_streams_of_a_killed_gateway_that_nobody_claims_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLLM_ORPHAN_GRACE", "1")
+    with (
+        tempfile.TemporaryDirectory(prefix="sllm-kill-") as state,
+        platform_at(Path(state), "--gateways", "2", "--invokers", "2") as platform,
+    ):
+        platform.sllm("deploy", str(ZOO))
+        streams = [Stream(platform) for _ in range(4)]
+        threads = [stream.start() for stream in streams]
+        eventually(lambda: all(stream.values for stream in streams))
+        for name in ("gateway-0", "gateway-1"):
+            os.kill(pid_of(platform, "sllm_gateway", name), signal.SIGKILL)
+        for thread in threads:
+            thread.join(60)
+        assert_healed(platform)

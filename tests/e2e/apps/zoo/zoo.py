@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import sllm
 
@@ -46,21 +48,30 @@ def counter(n: int) -> Iterator[int]:
     yield from range(n)
 
 
+async def counted(first: int, until: str, period: float) -> AsyncIterator[int]:
+    """Up from `first` until the file `until` is there, then -1."""
+    for i in itertools.count(first):
+        yield i
+        if Path(until).exists():
+            break
+        await asyncio.sleep(period)
+    yield -1
+
+
 @app.function(max_containers=4)
 @sllm.concurrent(max_inputs=4)
-async def ticks(n: int, period: float = 0.02) -> AsyncIterator[int]:
-    for i in range(n):
+async def ticks(until: str, period: float = 0.02) -> AsyncIterator[int]:
+    async for i in counted(0, until, period):
         yield i
-        await asyncio.sleep(period)
 
 
 @app.function(max_containers=2, resumable=True)
 @sllm.concurrent(max_inputs=2)
-async def strides(n: int, period: float = 0.02) -> AsyncIterator[int]:
+async def strides(until: str, period: float = 0.02) -> AsyncIterator[int]:
     last = sllm.resumed()
-    for i in range(0 if last is None else last + 1, n):
-        yield i
-        await asyncio.sleep(period)
+    if last != -1:
+        async for i in counted(0 if last is None else last + 1, until, period):
+            yield i
 
 
 @app.function()
