@@ -32,11 +32,11 @@ from sllm_invoker.checkpoints import usage
 from sllm_invoker.checkpoints.object import CheckpointObject, read_manifest
 from sllm_invoker.checkpoints.room import stays
 from sllm_invoker.checkpoints.store import CheckpointStore
+from sllm_invoker.checkpoints.usage import Asked
 from sllm_invoker.containers.tree import Tree
 
 Report = Callable[[str, int, int], None]
 """(stage, done, total)."""
-Key = tuple[str, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +70,7 @@ class Ingests:
         self._listed: set[str] = set()
         self.here: set[str] = set()
         """Digests of what is on this node, by the last `refresh`; those that cannot be read are left out."""
-        self._running: dict[Key, _Flight] = {}
+        self._running: dict[Asked, _Flight] = {}
         self._verified: dict[str, CheckpointObject] = {}
         """Objects that were found verified, by digest."""
 
@@ -103,15 +103,15 @@ class Ingests:
         who waits for it is cancelled.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
-        key = (checkpoint.source, checkpoint.revision, checkpoint.dtype, base, str(checkpoint.tensor_parallel))
-        flight = self._running.get(key) or self._begin(key, checkpoint, name, base, forward=forward)
+        asked = _asked(checkpoint, base)
+        flight = self._running.get(asked) or self._begin(asked, name, forward=forward)
         flight.reports.append(report)
         try:
             digest = await asyncio.shield(flight.task)
         finally:
             flight.reports.remove(report)
             if not flight.reports:
-                self._over(key, flight)
+                self._over(asked, flight)
                 flight.task.cancel()
         if name:
             await asyncio.to_thread(self.store.set_ref, name, digest)
@@ -131,7 +131,7 @@ class Ingests:
         digest = checkpoint.digest
         known = self._verified.get(digest)
         if known is not None and self.store.is_verified(known):
-            self._used(known, checkpoint, base)
+            self._used(known, _asked(checkpoint, base))
             return known.directory
         if not digest:
             digest, _ = await self.bring(checkpoint, "", report, base=base)
@@ -144,34 +144,31 @@ class Ingests:
                 )
         found_here = await asyncio.to_thread(self.store.ensure_verified, digest)
         self._verified[found_here.digest] = found_here
-        self._used(found_here, checkpoint, base)
+        self._used(found_here, _asked(checkpoint, base))
         return found_here.directory
 
-    def _used(self, found: CheckpointObject, checkpoint: CheckpointSpec, base: str) -> None:
+    def _used(self, found: CheckpointObject, asked: Asked) -> None:
         """Noted beside what comes next."""
-        asked = usage.Asked(checkpoint.source, checkpoint.revision, checkpoint.dtype, base, checkpoint.tensor_parallel)
         size = found.manifest.total_bytes
         asyncio.get_running_loop().run_in_executor(None, usage.used, self.store, found.digest, size, asked)
 
-    def _begin(self, key: Key, checkpoint: CheckpointSpec, name: str, base: str, *, forward: bool) -> _Flight:
+    def _begin(self, asked: Asked, name: str, *, forward: bool) -> _Flight:
         reports: list[Report] = []
-        ingest = self._ingest(checkpoint, name or _name(checkpoint), reports, base, forward=forward)
-        flight = self._running[key] = _Flight(asyncio.get_running_loop().create_task(ingest), reports)
-        flight.task.add_done_callback(lambda _: self._over(key, flight))
+        ingest = self._ingest(asked, name or _name(asked.source), reports, forward=forward)
+        flight = self._running[asked] = _Flight(asyncio.get_running_loop().create_task(ingest), reports)
+        flight.task.add_done_callback(lambda _: self._over(asked, flight))
         return flight
 
-    def _over(self, key: Key, flight: _Flight) -> None:
+    def _over(self, asked: Asked, flight: _Flight) -> None:
         """Whoever asks from now on gets another: one that has been cancelled may take a moment to end."""
-        if self._running.get(key) is flight:
-            del self._running[key]
+        if self._running.get(asked) is flight:
+            del self._running[asked]
 
-    async def _ingest(
-        self, checkpoint: CheckpointSpec, name: str, reports: list[Report], base: str, *, forward: bool
-    ) -> str:
+    async def _ingest(self, asked: Asked, name: str, reports: list[Report], *, forward: bool) -> str:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
-        command += ["--source", checkpoint.source, "--name", name]
-        command += ["--revision", checkpoint.revision, "--dtype", checkpoint.dtype, "--base", base]
-        command += ["--tensor-parallel", str(checkpoint.tensor_parallel), "--limit", str(self._limit)]
+        command += ["--source", asked.source, "--name", name]
+        command += ["--revision", asked.revision, "--dtype", asked.dtype, "--base", asked.base]
+        command += ["--tensor-parallel", str(asked.tensor_parallel), "--limit", str(self._limit)]
         with contextlib.ExitStack() as stack:
             passed: tuple[int, ...] = ()
             if forward and (end := self._feed()) is not None:
@@ -216,7 +213,7 @@ class Ingests:
         if "error" in answer:
             raise from_info(msgspec.convert(answer["error"], ErrorInfo))
         raise CheckpointError(
-            f"the ingest of {checkpoint.source!r} ended with status {status} and no answer.",
+            f"the ingest of {asked.source!r} ended with status {status} and no answer.",
             hint="Was there enough memory? The kernel's log shows processes killed for it.",
         )
 
@@ -225,13 +222,17 @@ class Ingests:
             flight.task.cancel()
 
 
-def _name(checkpoint: CheckpointSpec) -> str:
+def _asked(checkpoint: CheckpointSpec, base: str) -> Asked:
+    return Asked(checkpoint.source, checkpoint.revision, checkpoint.dtype, base, checkpoint.tensor_parallel)
+
+
+def _name(source: str) -> str:
     """A ref name from a source: its last two parts for a repo id, the directory's name otherwise."""
-    parts = [re.sub(r"[^A-Za-z0-9._-]", "-", part).strip("-._") for part in checkpoint.source.split("/")]
+    parts = [re.sub(r"[^A-Za-z0-9._-]", "-", part).strip("-._") for part in source.split("/")]
     parts = [part[:96] for part in parts if part]
     if not parts:
         return "checkpoint"
-    return parts[-1] if checkpoint.source.startswith(("/", ".", "~")) else "/".join(parts[-2:])
+    return parts[-1] if source.startswith(("/", ".", "~")) else "/".join(parts[-2:])
 
 
 def listing(store: CheckpointStore) -> list[dict[str, Any]]:

@@ -163,20 +163,20 @@ def stays(store: CheckpointStore) -> dict[str, str]:
 
 
 def _stays(store: CheckpointStore, records: Mapping[str, Record]) -> dict[str, str]:
-    manifests = {entry.digest: entry.manifest for entry in store.list()}
-    in_use = {digest for digest in store.digests() if store.in_use(digest)}
-    bases = {manifests[digest].base for digest in in_use & manifests.keys()}
+    manifests = store.manifests()
+    in_use = {digest for digest in manifests if store.in_use(digest)}
+    bases = {manifest.base for digest in in_use if (manifest := manifests[digest]) is not None}
     found = {}
-    for digest in store.digests():
+    for digest, manifest in manifests.items():
         if store.is_pinned(digest):
             found[digest] = "pinned"
         elif digest in in_use:
             found[digest] = IN_USE
         elif digest in bases:
             found[digest] = "the base of an adapter in use"
-        elif digest not in manifests:
+        elif manifest is None:
             found[digest] = "its manifest cannot be read"
-        elif why := _lost(store, manifests[digest], records.get(digest)):
+        elif why := _lost(store, manifest, records.get(digest)):
             found[digest] = why
     return found
 

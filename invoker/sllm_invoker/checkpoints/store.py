@@ -111,9 +111,8 @@ class CheckpointStore:
         for name, digest in self._refs().items():
             refs.setdefault(digest, []).append(name)
         entries = []
-        for digest in self.digests():
-            with contextlib.suppress(CheckpointError, BadSpec):
-                manifest = read_manifest(self.path(digest))
+        for digest, manifest in self.manifests().items():
+            if manifest is not None:
                 names = tuple(sorted(refs.get(digest, ())))
                 entries.append(StoreEntry(manifest=manifest, refs=names, pinned=self.is_pinned(digest)))
         return tuple(sorted(entries, key=lambda entry: (entry.manifest.source.name, entry.digest)))
@@ -121,6 +120,15 @@ class CheckpointStore:
     def digests(self) -> tuple[str, ...]:
         """Every object's, readable or not."""
         return tuple(sorted(path.name for path in (self.root / "objects").iterdir() if is_digest(path.name)))
+
+    def manifests(self) -> dict[str, Manifest | None]:
+        """Every object's, by digest. None: it cannot be read."""
+        found: dict[str, Manifest | None] = {}
+        for digest in self.digests():
+            found[digest] = None
+            with contextlib.suppress(CheckpointError, BadSpec):
+                found[digest] = read_manifest(self.path(digest))
+        return found
 
     # -- name, pin, use, remove -----------------------------------------------------------------------------------
 
