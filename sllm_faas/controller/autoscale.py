@@ -91,6 +91,14 @@ def held(peaks: Iterable[Peak], now: float, current: int, window: float) -> int:
     return current
 
 
+def next_end(peaks: Iterable[Peak], now: float, window: float) -> float:
+    """When the oldest of the peaks that count within the last `window` seconds counts no more; 0: none does now."""
+    for until, _ in peaks:
+        if until + window > now:
+            return until + window
+    return 0.0
+
+
 def spare(count: int, least: int) -> int:
     """How many to keep beyond the `count` that was held, of a function whose least number is `least`: the square root,
     by which random load of that size varies (the square-root staffing rule). Without it a slow decline stops and starts

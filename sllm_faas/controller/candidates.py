@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Collection, Sequence
-from functools import partial
 from itertools import islice
 from math import inf
 
@@ -24,7 +23,7 @@ from sllm_faas.controller.ledger import Ledger
 from sllm_faas.controller.locality import NOWHERE
 from sllm_faas.controller.migration import can_move
 from sllm_faas.controller.model import Instance, Node, key_of
-from sllm_faas.controller.placement import Candidate, Idle, Movable, nothing
+from sllm_faas.controller.placement import Candidate, Idle, Movable
 from sllm_faas.controller.service_times import service_time
 from sllm_faas.layers import Layer, path
 from sllm_faas.spec import FunctionSpec, Target, Tier
@@ -123,10 +122,11 @@ class Candidates:
                 names[instance.node] = None
                 if len(names) == ALL:
                     break
-        return [
-            msgspec.structs.replace(self._one(node, need, False), idle=partial(self._claimed, node, need.own, app))
-            for node in map(nodes.__getitem__, names)
-        ]
+        found = []
+        for node in map(nodes.__getitem__, names):
+            offers = Offered(self, node, need.own, app)
+            found.append(msgspec.structs.replace(self._one(node, need, False), offers=offers, may_go=True))
+        return found
 
     def guess(self, node: Node, target: Target, spec: FunctionSpec, but: str = "") -> estimate.Estimate:
         """How long one more instance would take to start there; `but`: the one it is, if it has been commanded."""
@@ -180,13 +180,13 @@ class Candidates:
             info.memory_mb,
             row.freeing_mb,
             self._guess(node, need),
-            (lambda: self._idle(node, need.own)) if idle else nothing,
+            Offered(self, node, need.own),
             need.gpus,
             row.gpus,
             info.gpus,
             row.freeing_gpus,
-            (lambda limit: self._movable(node, need.own, limit)) if movable else nothing,
-            partial(self._freed, node),
+            idle and name in self._reclaimable.rows,
+            movable,
         )
 
     # -- estimates -------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class Candidates:
         tier, size = self._tier(name, need), need.bytes
         facts = self._facts.get(name) or self._look_up(node)
         load = (facts.load.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
-        others = self._starting_beside(node, but) if node.info.host or self.ledger.loading_on(name) else ()
+        others = self.starting_beside(node, but) if node.info.host or self.ledger.loading_on(name) else ()
         if not others:
             return need.known.estimate(warmth, tier, making, load, 0.0, facts.pace)
         now = self.ledger.now
@@ -228,7 +228,8 @@ class Candidates:
             making = max(0.0, estimate.making_seconds(self.state.book, missing, at_once) - awaited)
         return need.known.estimate(warmth, tier, making, load, queue, facts.pace, at_once)
 
-    def _starting_beside(self, node: Node, but: str) -> list[Instance]:
+    def starting_beside(self, node: Node, but: str = "") -> list[Instance]:
+        """What starts on its machine, but for that one."""
         ledger = self.ledger
         return [i for name in ledger.where.beside(node) for i in ledger.loading_on(name) if i.id != but]
 
@@ -282,7 +283,7 @@ class Candidates:
 
     # -- one node --------------------------------------------------------------------------------------------
 
-    def _freed(self, node: Node, mb: int, gpus: int) -> float:
+    def freed(self, node: Node, mb: int, gpus: int) -> float:
         """Seconds until so much more has come free of what ends there; infinite: that is not as much."""
         ending = sorted([(self._ends(i), i.seq, i) for i in self.ledger.ending_on(node.name)])
         gone: list[Instance] = []
@@ -312,7 +313,7 @@ class Candidates:
             left = max(left, now - since)
         return left if instance.drain is None else min(left, abs(since + instance.drain - now))
 
-    def _idle(self, node: Node, own: Collection[str]) -> list[Idle]:
+    def idle(self, node: Node, own: Collection[str]) -> list[Idle]:
         """Ready instances on the node beyond what their target wants at this moment, and not of one's own."""
         ledger, now = self.ledger, self.ledger.now
         found = []
@@ -325,10 +326,10 @@ class Candidates:
                 found.append(Idle(instance.id, memory, idle, instance.gpus, cost, rests))
         return found
 
-    def _claimed(self, node: Node, own: Collection[str], app: str) -> list[Idle]:
+    def claimed(self, node: Node, own: Collection[str], app: str) -> list[Idle]:
         """The idle ones, and those of the app that its functions have beyond their `min_containers`."""
         ledger, now = self.ledger, self.ledger.now
-        found = self._idle(node, own)
+        found = self.idle(node, own)
         known = {idle.instance for idle in found}
         spared = Counter(key_of(self.state.instances[name].target) for name in known)
         here = [i for i in ledger.on_node(node.name) if i.target.app == app and i.state == "ready"]
@@ -352,7 +353,7 @@ class Candidates:
             return took
         return min(took, self._load(node, "dram", instance.size))
 
-    def _movable(self, node: Node, own: Collection[str], limit: float) -> list[Movable]:
+    def movable(self, node: Node, own: Collection[str], limit: float) -> list[Movable]:
         """Ready instances on the node that are not one's own, those with the least context first, each with the best
         node with room for it; not those that would take `limit` seconds or more."""
         ledger, moves, latest = self.ledger, self.state.moves, self.ledger.now - RESIDENCY
@@ -440,7 +441,9 @@ class Candidates:
         if need.digest:
             self._some(found, need.holders, need.gpus, need.whole_mb, each)
         for index in (self._free, self._reclaimable):
-            found.update(dict.fromkeys(islice(index.walk(need.gpus, need.whole_mb), 1)))
+            for name in index.walk(need.gpus, need.whole_mb):
+                found[name] = None
+                break
         if not found:
             # Nothing has room: the biggest nodes can still say whether waiting is of use.
             rows = self._free.rows
@@ -546,6 +549,26 @@ class Candidates:
         elif not ending:
             return row, None
         return row, Row(speed, gpus + freeing_gpus, mb + freeing_mb, until)
+
+
+class Offered(msgspec.Struct, frozen=True, gc=False):
+    """What a node offers a target that has the instances `own`. Those of `app`, if it has one, go although needed."""
+
+    candidates: Candidates
+    node: Node
+    own: Collection[str]
+    app: str = ""
+
+    def idle(self) -> Sequence[Idle]:
+        if self.app:
+            return self.candidates.claimed(self.node, self.own, self.app)
+        return self.candidates.idle(self.node, self.own)
+
+    def movable(self, limit: float) -> Sequence[Movable]:
+        return self.candidates.movable(self.node, self.own, limit)
+
+    def freed(self, mb: int, gpus: int) -> float:
+        return self.candidates.freed(self.node, mb, gpus)
 
 
 def _rests(instance: Instance, now: float, least: float = 0.0) -> float:

@@ -108,6 +108,7 @@ class Deployments:
             self._fail(version, "failed", result.error)
             return
         version.digests = dict(result.checkpoints)
+        self.ledger.forget_specs()
         for digest, size in result.sizes.items():
             self.ledger.note_size(digest, size)
         for digest in result.checkpoints.values():

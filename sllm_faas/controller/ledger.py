@@ -69,9 +69,9 @@ class Ledger:
         """Target -> those of its instances."""
         self._replaced: dict[str, str] = {}
         """Busy instance -> the one that takes over from it."""
-        self._specs: dict[tuple[str, int, str], tuple[Version, str, FunctionSpec | None]] = {}
-        """Resolved specs, each with what it was made from."""
-        self._named: dict[tuple[str, int], tuple[Version, dict[str, FunctionSpec]]] = {}
+        self._specs: dict[tuple[str, int, str], FunctionSpec] = {}
+        """Resolved, by app, version and function."""
+        self._named: dict[tuple[str, int], dict[str, FunctionSpec]] = {}
         self.where = Locality(state.nodes)
         self.shares = Shares(state)
         for instance in sorted(state.instances.values(), key=lambda instance: instance.seq):
@@ -111,28 +111,26 @@ class Ledger:
 
     def function(self, target: Target) -> FunctionSpec | None:
         """The spec an instance of `target` runs, its checkpoint's digest filled in."""
-        version = self.version(target.app, target.version)
-        if version is None:
-            return None
         name = (target.app, target.version, target.function)
-        digest = version.digests.get(target.function, "")
         known = self._specs.get(name)
-        if known is None or known[0] is not version or known[1] != digest:
-            spec = self._functions(version).get(target.function)
-            spec = spec.resolved(version.digests) if spec is not None else None
-            known = self._specs[name] = (version, digest, spec)
-        return known[2]
+        if known is not None:
+            return known
+        version = self.version(target.app, target.version)
+        spec = self._functions(version).get(target.function) if version is not None else None
+        if version is None or spec is None:
+            return None
+        known = self._specs[name] = spec.resolved(version.digests)
+        return known
 
     def _functions(self, version: Version) -> dict[str, FunctionSpec]:
         """By name: an app may have thousands."""
         known = self._named.get((version.app, version.number))
-        if known is None or known[0] is not version:
-            by_name = {spec.name: spec for spec in version.spec.functions}
-            known = self._named[version.app, version.number] = (version, by_name)
-        return known[1]
+        if known is None:
+            known = self._named[version.app, version.number] = {spec.name: spec for spec in version.spec.functions}
+        return known
 
     def forget_specs(self) -> None:
-        """Versions are gone from the records: nothing of them is kept here."""
+        """Versions are gone from the records, or their digests have become known: nothing of them is kept here."""
         self._specs.clear()
         self._named.clear()
 
@@ -492,6 +490,9 @@ class Ledger:
         self.shares.validate(fresh.shares)
         for name in INDEXES:
             assert getattr(self, name) == getattr(fresh, name), f"{name} is not what the state gives"
+        for (name, number, function), spec in self._specs.items():
+            version = self.version(name, number)
+            assert version is not None and resolve(version, function) == spec, f"{name}/{function}@{number} is stale"
         for mine in (*self._by_target.values(), *self._by_node.values()):
             order = [instance.seq for instance in mine.values()]
             assert order == sorted(order), "instances are not in order of creation"

@@ -93,18 +93,23 @@ class Movable(msgspec.Struct, frozen=True):
     room: tuple[int, int] = (0, 0)
 
 
-def nothing(_limit: float = inf) -> tuple[()]:
-    return ()
+class Offers(Protocol):
+    """What a node can do for a target beyond the room it has. Asked for only where there is no room."""
 
+    def idle(self) -> Sequence[Idle]: ...
 
-def at_once(_mb: int, _gpus: int) -> float:
-    return 0.0
+    def movable(self, limit: float) -> Sequence[Movable]:
+        """It may leave out what takes `limit` seconds or more."""
+        ...
+
+    def freed(self, mb: int, gpus: int) -> float:
+        """Seconds until what is ending there has freed so many MiB and accelerators; infinite: that is not as much."""
+        ...
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A node as placement sees it. `free_mb` None: unknown, not limited. Asked only where there is no room: what is
-    `idle`; what is `movable`, which may leave out what takes as many seconds as it is given, or more; and in how many
-    seconds what is ending there has `freed` so many MiB and accelerators."""
+    """A node as placement sees it. `free_mb` None: unknown, not limited. `may_go`: whether its idle instances may be
+    stopped; `may_move`: whether its busy ones may be moved away."""
 
     name: str
     need_mb: int
@@ -112,13 +117,19 @@ class Candidate(msgspec.Struct, frozen=True):
     total_mb: int
     freeing_mb: int
     estimate: Estimate
-    idle: Callable[[], Sequence[Idle]]
+    offers: Offers
     need_gpus: int = 0
     free_gpus: int = 0
     total_gpus: int = 0
     freeing_gpus: int = 0
-    movable: Callable[[float], Sequence[Movable]] = nothing
-    freed: Callable[[int, int], float] = at_once
+    may_go: bool = True
+    may_move: bool = True
+
+    def idle(self) -> Sequence[Idle]:
+        return self.offers.idle() if self.may_go else ()
+
+    def movable(self, limit: float) -> Sequence[Movable]:
+        return self.offers.movable(limit) if self.may_move else ()
 
     def fits(self) -> bool:
         return (self.free_mb is None or self.need_mb <= self.free_mb) and self.need_gpus <= self.free_gpus
@@ -136,7 +147,7 @@ class Candidate(msgspec.Struct, frozen=True):
         """Seconds until so much has ended there that it fits, once these have gone too; infinite: it never does."""
         mb = 0 if self.free_mb is None else self.need_mb - self.free_mb - sum([part.memory_mb for part in parts])
         gpus = self.need_gpus - self.free_gpus - sum([part.gpus for part in parts])
-        return self.freed(max(0, mb), max(0, gpus)) if mb > 0 or gpus > 0 else 0.0
+        return self.offers.freed(max(0, mb), max(0, gpus)) if mb > 0 or gpus > 0 else 0.0
 
     @property
     def missing_mb(self) -> int:

@@ -210,6 +210,8 @@ class Scaler:
     def makes_room(self, record: TargetState) -> bool:
         """Whether what was evicted for it, and runs nothing, has yet to go. Then nobody else has to: another would most
         likely take as long to end. What takes very long is given up."""
+        if not record.evicted:
+            return False
         instances, gone = self.state.instances, self.ledger.now - placement.AGAIN
         going = [instance for name in record.evicted if (instance := instances.get(name)) is not None]
         return any(i.draining_since is not None and i.draining_since > gone and not i.running for i in going)
@@ -273,8 +275,8 @@ class Scaler:
                 self._let_go(instance, f"idle for {window:g} s" if window else "not needed any more")
                 count -= 1
         if count > record.desired:
-            times = [until + span for until, _ in record.peaks for span in (hold, window)]
-            times += [(instance.ready or 0.0) + window for instance in ready]
+            times = [(instance.ready or 0.0) + window for instance in ready]
+            times += [autoscale.next_end(record.peaks, now, span) for span in (hold, window)]
             times += [record.pressure.until] if kept else []
             later = [when for when in times if when > now]
             if later:
@@ -383,8 +385,8 @@ class Scaler:
         crowds: dict[str, Instance] = {}
         for instance in begun:
             if instance.id not in crowds and (node := self.state.nodes.get(instance.node)) is not None:
-                beside = [i for name in self.ledger.where.beside(node) for i in self.ledger.loading_on(name)]
-                crowd = [i for i in beside if self.ledger.now - i.asked <= TOGETHER]
+                beside = self.candidates.starting_beside(node)
+                crowd = [i for i in beside if self.ledger.now - i.asked <= TOGETHER] if len(beside) > 1 else ()
                 if len(crowd) > 1:
                     crowds.update({i.id: i for i in crowd})
         for instance in sorted(crowds.values(), key=lambda i: i.seq):

@@ -33,7 +33,6 @@ from sllm_faas.controller.placement import (
     cheapest_idle,
     no_room,
     no_slot,
-    nothing,
     place,
 )
 
@@ -105,7 +104,7 @@ class Preempt:
 
 
 def _unmovable(node: Candidate) -> Candidate:
-    return msgspec.structs.replace(node, movable=nothing)
+    return msgspec.structs.replace(node, may_move=False)
 
 
 class Published:

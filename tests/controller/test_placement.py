@@ -15,9 +15,22 @@ from sllm_faas.controller.placement import Candidate, Evict, Full, Idle, Movable
 from sllm_faas.controller.service_times import ServiceTime, SlotWait
 
 
-def node(name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=(), **more):
+class Offered:
+    """By a node: whoever is listed, and room that is there at once unless `freed` says otherwise."""
+
+    def __init__(self, idle, movable, freed):
+        self._idle, self.movable, self.freed = idle, movable, freed
+
+    def idle(self):
+        return list(self._idle)
+
+
+def node(
+    name="n", seconds=1.0, *, need=100, free=1000, total=1000, freeing=0, idle=(), movable=None, freed=None, **more
+):
     guess = Estimate(0.0, seconds, 0.0, 0.0, "base", "disk")
-    return Candidate(name, need, free, total, freeing, guess, lambda: list(idle), **more)
+    offers = Offered(idle, movable or (lambda _limit: ()), freed or (lambda _mb, _gpus: 0.0))
+    return Candidate(name, need, free, total, freeing, guess, offers, **more)
 
 
 def test_the_fastest_node_that_has_room_wins_and_says_why():
