@@ -432,14 +432,11 @@ class Candidates:
 
     def _shortlist(self, need: Need, each: int = EACH) -> list[str]:
         found: dict[str, None] = {}
-        if need.digest:
-            self._some(found, need.on_gpu, need.gpus, need.whole_mb, each)
-            self._some(found, need.attached, need.gpus, need.alone_mb, each)
-            self._some(found, need.resident, need.gpus, need.whole_mb, each)
-        if len(need.layers) > 1:
-            self._some(found, need.layered[-1], need.gpus, need.whole_mb, each)
-        if need.digest:
-            self._some(found, need.holders, need.gpus, need.whole_mb, each)
+        warm = need.layered[-1] if len(need.layers) > 1 else NOWHERE
+        for names in (need.on_gpu, need.attached, need.resident, warm, need.holders):
+            if names:
+                mb = need.alone_mb if names is need.attached else need.whole_mb
+                self._some(found, names, need.gpus, mb, each)
         for index in (self._free, self._reclaimable):
             for name in index.walk(need.gpus, need.whole_mb):
                 found[name] = None
@@ -470,8 +467,6 @@ class Candidates:
 
     def _some(self, found: dict[str, None], names: Collection[str], gpus: int, mb: int, each: int) -> None:
         """A few of these: with room, then with room if the idle go, then — should some move away — without."""
-        if not names:
-            return
         if len(names) > FEW:
             for index in (self._free, self._reclaimable):
                 found.update(dict.fromkeys(islice(index.walk(gpus, mb, names), each)))

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import msgspec
@@ -121,8 +121,7 @@ class Start:
     at_once: float = 1.0
 
 
-@dataclass(slots=True)
-class Known:
+class Known(msgspec.Struct):
     """What the book says of a function, looked up once for all nodes. `own`: by class of crowd, filled as asked for;
     `paced`: whether the nodes' pace counts, because it was seen at all."""
 
@@ -132,7 +131,7 @@ class Known:
     tail: float | None
     margin: float | None
     starts: int
-    own: dict[int, tuple[float, bool]] = field(default_factory=dict)
+    own: dict[int, tuple[float, bool]] = {}
 
     def estimate(
         self, warmth: Warmth, tier: Tier, making: float, load: float, queue: float, pace: float, at_once: float = 1.0
@@ -175,7 +174,11 @@ def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: 
 def making_seconds(book: Mapping[str, float], layers: Sequence[Layer], at_once: float = 1.0) -> float:
     """Of layers that follow each other, by a start that finds what the first of them is made from."""
     crowd = _crowd(at_once)
-    return sum([_among(book, _layer(book, layer, k == 0), crowd, layer.warmth) for k, layer in enumerate(layers)])
+    seconds = 0.0
+    for k, layer in enumerate(layers):
+        alone = _layer(book, layer, k == 0)
+        seconds += alone if crowd == 1 else _among(book, alone, crowd, layer.warmth)
+    return seconds
 
 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:

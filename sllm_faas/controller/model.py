@@ -81,12 +81,21 @@ class Instance:
     """When its start was commanded, or when it was adopted."""
     memory_mb: int
     digest: str = ""
+    gpus: int = 0
+    ready: float | None = None
+    running: int = 0
+    concurrency: int = 1
+    tokens: int = 0
+    """In the contexts of what runs there, as last told."""
+    spare: float | None = None
+    """Since when nobody wants it; None: somebody does."""
+    replaces: str = ""
+    """The busy instance it takes over from, which counts as live until then, and this one does not."""
     size: int = 0
     """Bytes of its checkpoint."""
     predicted: float = 0.0
     margin: float | None = None
     """Seconds by which such predictions were off so far, on the average."""
-    gpus: int = 0
     queued: float = 0.0
     """Seconds its reading was expected to wait for those promised to the node before it."""
     load: float = 0.0
@@ -99,19 +108,10 @@ class Instance:
     why: str = ""
     adopted: bool = False
     """Found running: its start was not ours to time."""
-    ready: float | None = None
     actual: float | None = None
     number: int = 0
-    concurrency: int = 1
     pid: int = 0
-    running: int = 0
     timeline: Timeline = field(default_factory=Timeline)
-    spare: float | None = None
-    """Since when nobody wants it; None: somebody does."""
-    tokens: int = 0
-    """In the contexts of what runs there, as last told."""
-    replaces: str = ""
-    """The busy instance it takes over from, which counts as live until then, and this one does not."""
     ahead: bool = False
     """Of need: nobody waits for its start, as far as its node was told."""
     stopping: str = ""
