@@ -10,6 +10,7 @@ from sllm_faas.cli import output
 from sllm_faas.cli.api import Api, error_of, path
 from sllm_faas.cli.common import Session, client_command
 from sllm_faas.errors import PlatformError
+from sllm_faas.spec import MAX_RANKS
 
 
 @click.group()
@@ -43,12 +44,26 @@ def follow(api: Api, url: str, body: Any, quiet: bool) -> dict[str, Any]:
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, MAX_RANKS),
+    default=1,
+    show_default=True,
+    help="Ranks that share the weights out: one part for each.",
+)
 @click.option("--base", default="", help="For a LoRA adapter: name or digest of the checkpoint that it adapts.")
 @client_command(reads=True)
-def pull(session: Session, source: str, name: str, revision: str, dtype: str, base: str) -> None:
+def pull(session: Session, source: str, name: str, revision: str, dtype: str, tensor_parallel: int, base: str) -> None:
     """Get SOURCE onto the platform's disk: a Hugging Face repository, a folder behind https:// or s3://, or a directory
     of the server's machine."""
-    body = {"source": source, "revision": revision, "dtype": dtype, "name": name, "base": base}
+    body = {
+        "source": source,
+        "revision": revision,
+        "dtype": dtype,
+        "tensor_parallel": tensor_parallel,
+        "name": name,
+        "base": base,
+    }
     with session.api() as api:
         done = follow(api, path("checkpoints"), body, session.json)
     if session.json:

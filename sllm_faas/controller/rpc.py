@@ -70,8 +70,9 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               + {moves: [M], moving: [O]}
     describe.node       {node}                                N + {instances_list: [I], estimates: {key: value},
                                                               starts, moves, moving: as above}
-    checkpoint.pull     {source, revision, dtype, name, base, more=True {stage, done, total, text} …, then
-                         node: text | None}                   {name, digest, bytes, node}
+    checkpoint.pull     {source, revision, dtype,            more=True {stage, done, total, text} …, then
+                         tensor_parallel, name, base,         {name, digest, bytes, node}
+                         node: text | None}
     invocation.get      {id}                                  {invocation: the gateway's record | None}
     invocation.cancel   {id}                                  the same, after its gateway has cancelled it
     invocation.list     {app: text | None, limit}             {invocations: [gateways' records], newest first by
@@ -179,13 +180,13 @@ class Pull:
     name: str = ""
     base: str = ""
     node: str | None = None
+    tensor_parallel: int = 1
 
     def checkpoint(self) -> CheckpointSpec:
-        """Raises BadRequest for a source or dtype that is none."""
+        """Raises BadRequest for a source, dtype or number of ranks that is none."""
+        wanted = {"source": self.source, "revision": self.revision, "dtype": self.dtype}
         try:
-            return msgspec.convert(
-                {"source": self.source, "revision": self.revision, "dtype": self.dtype}, CheckpointSpec
-            )
+            return msgspec.convert({**wanted, "tensor_parallel": self.tensor_parallel}, CheckpointSpec)
         except msgspec.ValidationError as error:
             raise BadRequest(f"checkpoint.pull: {error}") from None
 

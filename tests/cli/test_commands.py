@@ -362,3 +362,7 @@ def test_checkpoint_pull_shows_its_stages_and_result(sllm: Run, fake: Any) -> No
     code, out, err = sllm("checkpoint", "pull", "org/m", "--name", "m")
     assert (code, out) == (0, "Pulled m: 2.0 KiB, cdcdcdcdcdcd.\n")
     assert err == "hash …\nwrite …\n"
+    sllm("checkpoint", "pull", "org/m", "--tensor-parallel", "4")
+    assert json.loads(fake.last().body)["tensor_parallel"] == 4
+    code, _, err = sllm("checkpoint", "pull", "org/m", "--tensor-parallel", "0")
+    assert (code, "0 is not in the range 1<=x<=1024" in err) == (2, True)

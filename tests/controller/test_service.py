@@ -14,6 +14,7 @@ from sllm_faas.controller import rpc
 from sllm_faas.controller.service import Controller
 from sllm_faas.controller.state import Machine
 from sllm_faas.errors import (
+    BadRequest,
     BadSpec,
     CallerError,
     Conflict,
@@ -378,15 +379,20 @@ async def test_the_admin_token_is_a_private_file_and_a_published_hash(controller
 
 
 async def test_a_pull_is_followed_to_its_end(controller, gateway, invoker):
-    done = asyncio.create_task(gateway.call("checkpoint.pull", source="org/model", name="m"))
+    done = asyncio.create_task(gateway.call("checkpoint.pull", source="org/model", name="m", tensor_parallel=2))
     ingest = (await invoker.expect(Type.INGEST)).body
-    assert (ingest.checkpoint.source, ingest.name) == ("org/model", "m")
+    assert (ingest.checkpoint.source, ingest.checkpoint.tensor_parallel, ingest.name) == ("org/model", 2, "m")
     invoker.send(Type.PROGRESS, Progress(ingest.request, "download", 1, 2))
     invoker.send(Type.INGESTED, Ingested(ingest.request, "d" * 64, 99))
     assert await done == {"name": "m", "digest": "d" * 64, "bytes": 99, "node": "node-0"}
     assert [stage["stage"] for stage in gateway.progress] == ["pull", "download"]
     (node,) = (await gateway.call("node.list"))["nodes"]
     assert node["checkpoints"] == ["d" * 64]
+
+
+async def test_a_pull_for_no_number_of_ranks_is_refused(controller, gateway):
+    with pytest.raises(BadRequest, match="tensor_parallel is 0; allowed: an integer, 1 to 1024"):
+        await gateway.call("checkpoint.pull", source="org/model", tensor_parallel=0)
 
 
 async def test_a_pull_ends_with_its_node(controller, gateway, invoker):
