@@ -6,8 +6,9 @@
 
 The trace is the simulator's own (Gamma arrivals, Zipf popularity); the real run replays it through the gateway.
 Measured and handed to the simulation: how long the instances' starts took, one by one, what an answer's first output
-takes with an instance at hand, and the pace of the outputs. Where starts compute, each core makes one at a time: then a
-start is counted from when a core was free for it, and the simulated machine has as many at once.
+takes with an instance at hand, and the pace of the outputs; and before the first case, how long a message takes. Where
+starts compute, each core makes one at a time: then a start is counted from when a core was free for it, and the
+simulated machine has as many at once.
 Compared is what follows from decisions: how long requests that found no instance waited for one, and how many had their
 first output within the limit. The simulation draws starts by chance from those measured; its figures are of DRAWS runs
 over the same arrivals.
@@ -25,6 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -37,6 +39,9 @@ SEED = 11
 DRAWS = 20
 WAITED = 0.01
 """Seconds above which a request is said to have waited for an instance."""
+MESSAGES = 200
+PAUSE = 0.05
+"""Seconds before each message that is timed: whoever gets it has gone to sleep, as between two requests."""
 MIB, GB = 2**20, 1e9
 LAYERS_MB = 512
 """Of each node, for layers of warmth: room for those there are, as the simulation supposes."""
@@ -181,13 +186,13 @@ def lengths(intervals: list[Interval], at_once: int) -> list[float]:
     return found
 
 
-def measured(case: Case, scenario: Scenario, answers: list[Answer], begun: list[Interval]) -> Scenario:
-    """The scenario with the constants of the real run."""
+def measured(case: Case, scenario: Scenario, delay: float, answers: list[Answer], begun: list[Interval]) -> Scenario:
+    """The scenario with the constants of the real run, and the messages' delay."""
     took, whole = lengths(begun, case.at_once), statistics.median(lengths(begun, 0))
     declared = case.pace.get("per_input", 0.0)
     at_hand = [a.ttft - a.waited - declared * a.request.input for a in answers]
     paces = [(a.whole - a.ttft) / (a.request.output - 1) for a in answers if a.request.output > 1]
-    node = replace(scenario.nodes[0], containers=tuple(took))
+    node = replace(scenario.nodes[0], containers=tuple(took), delay=delay)
     first = max(0.0, statistics.median(at_hand))
     function = replace(
         scenario.functions[0],
@@ -199,7 +204,28 @@ def measured(case: Case, scenario: Scenario, answers: list[Answer], begun: list[
     return replace(scenario, nodes=(node,), functions=(function,))
 
 
-def compare(case: Case, seconds: float, report: Report) -> list[list[object]]:
+def message() -> float:
+    """Seconds that one takes between a gateway and an invoker that wait for it: half of what the gateway takes longer
+    to ask the invoker for an invocation that nobody has than to answer by itself."""
+    asked: list[float] = []
+    alone: list[float] = []
+    with (
+        platform_up("--invokers", "1") as platform,
+        httpx.Client(base_url=platform.url, headers=platform.headers, timeout=30) as client,
+    ):
+        for _ in range(MESSAGES):
+            nobody = f"/v1/invocations/inv-{uuid4().hex}/events"
+            for path, status, times in ((nobody, 404, asked), ("/v1/models", 200, alone)):
+                time.sleep(PAUSE)
+                began = time.perf_counter()
+                answer = client.get(path)
+                times.append(time.perf_counter() - began)
+                if answer.status_code != status:
+                    raise SystemExit(f"{path} was answered with {answer.status_code}, not {status}: {answer.text}")
+    return max(0.0, statistics.median(asked) - statistics.median(alone)) / 2
+
+
+def compare(case: Case, seconds: float, delay: float, report: Report) -> list[list[object]]:
     scenario = case.scenario(seconds)
     trace = list(requests(scenario, random_of(Random(SEED))))
     os.environ["SLLM_BENCH_PACE"] = json.dumps(case.pace)
@@ -207,7 +233,7 @@ def compare(case: Case, seconds: float, report: Report) -> list[list[object]]:
     with platform_up("--invokers", str(case.invokers), *map(str, memory)) as platform:
         platform.sllm("deploy", str(ROOT / f"benchmarks/apps/{case.name}.py"))
         answers, took = asyncio.run(real(platform, case, trace))
-    constants = measured(case, scenario, answers, took)
+    constants = measured(case, scenario, delay, answers, took)
     simulations = [Simulation(constants, "ours", seed, trace) for seed in range(DRAWS)]
     results = [simulation.run() for simulation in simulations]
     if any(result.requests != len(trace) for result in results):
@@ -245,9 +271,11 @@ def main() -> int:
     args = parser.parse_args()
     report = Report("fidelity")
     rows = []
+    delay = message()
+    report.figure("message one way, ms", 1e3 * delay)
     for case in (PACED, COMPUTED):
         if args.case in (None, case.name):
-            rows += compare(case, case.seconds / 5 if args.quick else case.seconds, report)
+            rows += compare(case, case.seconds / 5 if args.quick else case.seconds, delay, report)
     table(["case", "run", "requests", "starts", "waited", "start-up p50 ms", "p95", "SLO"], rows)
     for name, value in report.figures.items():
         print(f"{name}: {value:g}")
