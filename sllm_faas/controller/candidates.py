@@ -55,8 +55,7 @@ class Need(msgspec.Struct, frozen=True):
 
     `own`: the instances it has; `alone_mb`: where an instance has the checkpoint attached already; `whole_mb`:
     elsewhere. `holding`: nodes where an instance has it in memory. `layers` from the base to the warmest; `layered`:
-    nodes that have each; `making`: seconds to make all beyond the k-th, as asked for; `cached`: some node had the
-    checkpoint in its page cache.
+    nodes that have each; `cached`: some node had the checkpoint in its page cache.
     """
 
     own: Collection[str]
@@ -73,7 +72,6 @@ class Need(msgspec.Struct, frozen=True):
     holders: Collection[str]
     layers: tuple[Layer, ...]
     layered: tuple[Collection[str], ...]
-    making: dict[int, float]
     cached: bool
 
 
@@ -97,6 +95,8 @@ class Candidates:
         self._reclaimable = NodeIndex()
         """Rows with what would be free if all idle instances went."""
         self._facts: dict[str, Facts] = {}
+        self._making: dict[tuple[str, str, int], float] = {}
+        """By libraries, the last layer's key and the warmest that is there."""
 
     def of(self, target: Target, spec: FunctionSpec, *, idle: bool = True, movable: bool = True) -> list[Candidate]:
         """The nodes worth considering for one more instance; with `idle` and `movable`, also what could go there or
@@ -164,7 +164,6 @@ class Candidates:
             where.holders(digest),
             layers,
             tuple([where.layered(layer.key) for layer in layers]),
-            {len(layers) - 1: 0.0},
             bool(digest) and estimate.ever_cached(book, digest),
         )
 
@@ -196,9 +195,7 @@ class Candidates:
         warmest = len(layered) - 1
         while warmest and name not in layered[warmest]:
             warmest -= 1
-        warmth, making = need.layers[warmest].warmth, need.making.get(warmest)
-        if making is None:
-            making = need.making[warmest] = estimate.making_seconds(self.state.book, need.layers[warmest + 1 :])
+        warmth, making = need.layers[warmest].warmth, self._making_above(need, warmest)
         tier, size = self._tier(name, need), need.bytes
         facts = self._facts.get(name) or self._look_up(node)
         load = (facts.load.get((tier, size)) or self._load(node, tier, size)) if size else 0.0
@@ -227,6 +224,21 @@ class Candidates:
         if missing:
             making = max(0.0, estimate.making_seconds(self.state.book, missing, at_once) - awaited)
         return need.known.estimate(warmth, tier, making, load, queue, facts.pace, at_once)
+
+    def _making_above(self, need: Need, warmest: int) -> float:
+        """Seconds to make the layers that are missing where that is the warmest, by a start alone."""
+        layers = need.layers
+        if warmest == len(layers) - 1:
+            return 0.0
+        key = (need.known.libs, layers[-1].key, warmest)
+        found = self._making.get(key)
+        if found is None:
+            found = self._making[key] = estimate.making_seconds(self.state.book, layers[warmest + 1 :])
+        return found
+
+    def forget_making(self) -> None:
+        """More was learned of how long layers take to make."""
+        self._making.clear()
 
     def starting_beside(self, node: Node, but: str = "") -> list[Instance]:
         """What starts on its machine, but for that one."""

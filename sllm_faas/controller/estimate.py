@@ -219,13 +219,14 @@ class Finished:
     actual: float
 
 
-def learn(book: Book, start: Start, finished: Finished) -> None:
-    """Take a finished start into the book. `start` is as it turned out: its tier, and how many there were at once."""
+def learn(book: Book, start: Start, finished: Finished) -> bool:
+    """Take a finished start into the book. `start` is as it turned out: its tier, and how many there were at once.
+    Returns whether it told how long layers take to make, which concerns others too."""
     book["starts"] = book.get("starts", 0.0) + 1.0
     for key in (f"error|{start.function}", f"error|{start.node}", "error"):
         _mix(book, key, abs(finished.predicted - finished.actual))
     spans = {span.name: span for span in finished.timeline.spans}
-    making = 0.0
+    making, made = 0.0, False
     layers: tuple[Warmth, ...] = ("libs", "template")
     for warmth in layers:
         span = spans.get(warmth)
@@ -233,6 +234,7 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
             making += span.seconds
             key = next((layer.key for layer in start.missing if layer.warmth == warmth), "")
             if span.detail == "made":
+                made = True
                 crowd = _crowd(start.at_once)
                 known = book.get(f"layer|{key}")
                 if warmth == "template" and crowd > 1 and known is not None:
@@ -258,6 +260,7 @@ def learn(book: Book, start: Start, finished: Finished) -> None:
     if start.size and pulled > 0:
         _learn_rate(book, start, "remote", pulled)
     _learn_own(book, start, max(0.0, finished.actual - making - stall - pulled), stall >= STALLED)
+    return made
 
 
 def _learn_rate(book: Book, start: Start, tier: Tier, seconds: float) -> None:

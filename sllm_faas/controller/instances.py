@@ -145,13 +145,11 @@ class Instances:
         actual = instance.actual = self.ledger.now - instance.asked
         if start is not None:
             beside = instance.company / actual if actual > 0 else 0.0
-            estimate.learn(
-                self.state.book,
-                replace(start, at_once=1.0 + beside),
-                estimate.Finished(
-                    instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
-                ),
+            finished = estimate.Finished(
+                instance.timeline, report.read_bytes, report.read_seconds, instance.predicted, actual
             )
+            if estimate.learn(self.state.book, replace(start, at_once=1.0 + beside), finished):
+                self.scaler.candidates.forget_making()
             unknown = node.name not in self.ledger.where.resident(instance.digest) and instance.tier != "gpu"
             if instance.digest and unknown:
                 full = self.ledger.crowded_out(node.name, instance.digest)
