@@ -117,6 +117,9 @@ class Config:
         0, "MiB of disk for all checkpoints of this machine; 0: what the file system has, but a reserve", _disk
     )
     prefetch: bool = _setting(True, "read checkpoints into free memory when a version is deployed")
+    copies: int = _setting(
+        2, "machines with each checkpoint of what serves on their disk; 0: none is brought ahead", _between(0, 64)
+    )
     log_level: str = _setting("info", "least severe log lines kept", _one_of(*LOG_LEVELS))
     open_invoke: bool | None = _setting(None, "invoke without a token; unset: only when host is loopback")
     shutdown_grace: float = _setting(30.0, "seconds that running invocations get at a stop", _between(0.0, 3600.0))

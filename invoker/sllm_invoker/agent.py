@@ -36,6 +36,7 @@ from sllm_faas.wire.messages import (
     NodeStats,
     Progress,
     Request,
+    ingest_id,
 )
 from sllm_invoker import node
 from sllm_invoker.bundles import Bundles
@@ -89,7 +90,8 @@ class Agent:
         self._admission: Admission | None = None
         self._stats: NodeStats | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._ingesting: dict[bytes, asyncio.Task[None]] = {}
+        """By `ingest_id` of their requests."""
 
     async def start(self) -> None:
         """Returns when the node serves; the controller may be there or come later."""
@@ -177,6 +179,8 @@ class Agent:
             self._timer.cancel()
         await self.calibration.close()
         self.checks.close()
+        for task in self._ingesting.values():
+            task.cancel()
         self.ingests.close()
         await self.instances.close(grace)
         await self.relay.quiesce(QUIESCE)
@@ -276,7 +280,7 @@ class Agent:
             self.tier.forget(digest)
 
     def _idle(self) -> bool:
-        busy = self.relay.core.flights or self.instances.starting or self.checks.bundles() or self._tasks
+        busy = self.relay.core.flights or self.instances.starting or self.checks.bundles() or self._ingesting
         return not busy
 
     def _tell_stats(self) -> None:
@@ -318,22 +322,33 @@ class Agent:
             case Type.UNCHECK:
                 self.checks.end(frame.body)
             case Type.INGEST:
-                task = self._loop.create_task(self._ingest(frame.body))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._begin_ingest(frame.body)
+            case Type.CANCEL:
+                if (task := self._ingesting.get(frame.header.id)) is not None:
+                    task.cancel()
             case Type.BUNDLE_PART if frame.buffers or not frame.body.total:
                 self.bundles.part(frame.body, frame.buffers[0] if frame.buffers else b"")
             case _:
                 self.uplink.dropped += 1
 
+    def _begin_ingest(self, ingest: Ingest) -> None:
+        """Asked again for one that runs: there will be one answer."""
+        identity = ingest_id(ingest.request)
+        if identity not in self._ingesting:
+            task = self._ingesting[identity] = self._loop.create_task(self._ingest(ingest))
+            task.add_done_callback(lambda _: self._ingesting.pop(identity))
+
     async def _ingest(self, ingest: Ingest) -> None:
         try:
+            while ingest.ahead and self.instances.starting:  # noqa: ASYNC110 - a look each second is soon enough
+                await asyncio.sleep(TICK)
             digest, size = await self.ingests.bring(
                 ingest.checkpoint,
                 ingest.name,
                 lambda *step: self._progress(Progress(ingest.request, *step)),
                 base=ingest.base,
                 forward=self.config.prefetch,
+                ahead=ingest.ahead,
             )
             answer = Ingested(ingest.request, digest, size)
             self.tier.expect(size)

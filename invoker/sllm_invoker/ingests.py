@@ -41,10 +41,21 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """An ingest under way; `reports` has one of everybody who waits for it."""
+    """An ingest under way; `reports` has one of everybody who waits for it. `ahead`: none of them needs it yet."""
 
-    task: asyncio.Task[str]
+    ahead: bool
+    task: asyncio.Task[str] = field(init=False)
     reports: list[Report] = field(default_factory=list)
+
+    async def arrival(self) -> str:
+        """The digest, once it is here. Another ingest may take over meanwhile."""
+        while True:
+            task = self.task
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if self.task is task:
+                    raise
 
 
 class Ingests:
@@ -96,18 +107,33 @@ class Ingests:
         return gone
 
     async def bring(
-        self, checkpoint: CheckpointSpec, name: str, report: Report, *, base: str = "", forward: bool = True
+        self,
+        checkpoint: CheckpointSpec,
+        name: str,
+        report: Report,
+        *,
+        base: str = "",
+        forward: bool = True,
+        ahead: bool = False,
     ) -> tuple[str, int]:
         """(digest, bytes) of the object of `checkpoint`, ingested unless it is here, and named `name`; `base` is what
-        an adapter adapts. `forward`: into free memory too, when it is brought here. It ends when the last
-        who waits for it is cancelled.
+        an adapter adapts. `forward`: into free memory too, when it is brought here. `ahead`: of need, as long as
+        nobody else asks for it: after whatever wants the processor, and nothing leaves the disk for it. It ends when
+        the last who waits for it is cancelled.
 
         Raises what ingest found: BadSpec, CheckpointError, StorageFull."""
         asked = _asked(checkpoint, base)
-        flight = self._running.get(asked) or self._begin(asked, name, forward=forward)
+        flight = self._running.get(asked)
+        if flight is None:
+            flight = self._running[asked] = _Flight(ahead)
+            self._begin(asked, flight, name, forward=forward)
+        elif flight.ahead and not ahead:  # it goes on as what is needed, from what was fetched by now
+            flight.ahead = False
+            flight.task.cancel()
+            self._begin(asked, flight, name, forward=forward)
         flight.reports.append(report)
         try:
-            digest = await asyncio.shield(flight.task)
+            digest = await flight.arrival()
         finally:
             flight.reports.remove(report)
             if not flight.reports:
@@ -152,23 +178,22 @@ class Ingests:
         size = found.manifest.total_bytes
         asyncio.get_running_loop().run_in_executor(None, usage.used, self.store, found.digest, size, asked)
 
-    def _begin(self, asked: Asked, name: str, *, forward: bool) -> _Flight:
-        reports: list[Report] = []
-        ingest = self._ingest(asked, name or _name(asked.source), reports, forward=forward)
-        flight = self._running[asked] = _Flight(asyncio.get_running_loop().create_task(ingest), reports)
-        flight.task.add_done_callback(lambda _: self._over(asked, flight))
-        return flight
+    def _begin(self, asked: Asked, flight: _Flight, name: str, *, forward: bool) -> None:
+        ingest = self._ingest(asked, name or _name(asked.source), flight.reports, forward=forward, ahead=flight.ahead)
+        task = flight.task = asyncio.get_running_loop().create_task(ingest)
+        task.add_done_callback(lambda _: self._over(asked, flight) if flight.task is task else None)
 
     def _over(self, asked: Asked, flight: _Flight) -> None:
         """Whoever asks from now on gets another: one that has been cancelled may take a moment to end."""
         if self._running.get(asked) is flight:
             del self._running[asked]
 
-    async def _ingest(self, asked: Asked, name: str, reports: list[Report], *, forward: bool) -> str:
+    async def _ingest(self, asked: Asked, name: str, reports: list[Report], *, forward: bool, ahead: bool) -> str:
         command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
         command += ["--source", asked.source, "--name", name]
         command += ["--revision", asked.revision, "--dtype", asked.dtype, "--base", asked.base]
         command += ["--tensor-parallel", str(asked.tensor_parallel), "--limit", str(self._limit)]
+        command += ["--ahead"] if ahead else []
         with contextlib.ExitStack() as stack:
             passed: tuple[int, ...] = ()
             if forward and (end := self._feed()) is not None:

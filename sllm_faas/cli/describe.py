@@ -140,6 +140,7 @@ def _show_function(function: dict[str, Any]) -> None:
             ("memory", output.size(function["memory_mb"] << 20)),
             ("secrets", function["secrets"]),
             ("checkpoint", f"{checkpoint['source']} ({checkpoint['digest'][:12]})" if checkpoint else None),
+            ("copies", _copies(function["copies"])),
             ("service time", _service_time(function["service_time"])),
             ("now", f"{function['running']} running, {function['waiting']} waiting"),
         ]
@@ -167,6 +168,21 @@ def _tokens(limit: int, targets: list[dict[str, Any]]) -> str | None:
     """Only where they are counted."""
     now = sum(target["tokens"] for target in targets)
     return f"{limit} to an instance; running and waiting now: about {now}" if limit else None
+
+
+def _copies(copies: list[dict[str, Any]]) -> list[str]:
+    """Where its checkpoints are on disk, where one is being brought, or why not."""
+    lines = []
+    for copy in copies:
+        text = f"{copy['digest'][:12]} on {' and '.join(copy['nodes']) or 'no node'}"
+        if copy["coming"]:
+            text += f", coming to {copy['coming']}"
+        elif copy["error"]:
+            again, until = copy["next"], "left alone until a deployment or another node"
+            later = f"tried again in {output.duration(again)}" if again else until
+            text += f", {later}: {copy['error']}"
+        lines.append(text)
+    return lines
 
 
 def _service_time(took: dict[str, Any] | None) -> str | None:

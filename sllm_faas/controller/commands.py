@@ -9,6 +9,7 @@ from sllm_faas.wire.messages import (
     Check,
     FunctionRoute,
     Hasten,
+    Ingest,
     Migrate,
     MoveResult,
     NodeInfo,
@@ -42,6 +43,20 @@ class SendCheck(msgspec.Struct, frozen=True):
 class SendUncheck(msgspec.Struct, frozen=True):
     node: str
     body: Uncheck
+
+
+class SendIngest(msgspec.Struct, frozen=True):
+    """Bring a checkpoint there, ahead of any start."""
+
+    node: str
+    body: Ingest
+
+
+class CancelIngest(msgspec.Struct, frozen=True):
+    """Nobody needs what that INGEST was to bring."""
+
+    node: str
+    request: str
 
 
 class PublishFunctions(msgspec.Struct, frozen=True):
@@ -139,6 +154,8 @@ Command = (
     | SendStop
     | SendCheck
     | SendUncheck
+    | SendIngest
+    | CancelIngest
     | PublishFunctions
     | PublishNode
     | WithdrawNode

@@ -15,7 +15,7 @@ import msgspec
 
 from sllm_faas.errors import ErrorInfo, WireError
 from sllm_faas.spec import AppSpec
-from sllm_faas.wire.messages import Checked, InstanceReport, Migrated, NodeInfo, NodeStats, TargetDemand
+from sllm_faas.wire.messages import Checked, Ingested, InstanceReport, Migrated, NodeInfo, NodeStats, TargetDemand
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +159,11 @@ class NodeStatsSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSeen:
-    """An object is on a node's disk."""
+class CheckpointPulled:
+    """A node's answer to INGEST: an object is on its disk, or why not."""
 
     node: str
-    digest: str
-    bytes: int
+    result: Ingested
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +220,7 @@ Event = (
     | NodeDrained
     | NodeLeaving
     | NodeStatsSeen
-    | CheckpointSeen
+    | CheckpointPulled
     | InstanceSeen
     | InstanceStopAsked
     | MigrationAsked

@@ -14,6 +14,7 @@ from sllm_faas.spec import AppSpec, Target, Tier, Timeline, Warmth
 from sllm_faas.wire.messages import MoveResult, NodeInfo, NodeStats, TargetDemand
 
 VersionState = Literal["checking", "warming", "ready", "failed"]
+CopyState = Literal["waiting", "coming", "resting"]
 MoveState = Literal["waiting", "moving", "resting"]
 InstanceState = Literal["requested", "starting", "ready", "draining"]
 NodeState = Literal["up", "lost"]
@@ -163,6 +164,28 @@ class MoveRecord:
 
 
 @dataclass(slots=True)
+class Copy:
+    """A checkpoint of a version that serves, which is in too few places."""
+
+    digest: str
+    state: CopyState
+    node: str = ""
+    """Where it is being brought."""
+    request: str = ""
+    """Of the last INGEST."""
+    tries: int = 0
+    """Nodes that failed in a row."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """By place, how often it failed there: who failed least is asked first. `copies.TRIES`: there is no room."""
+    error: ErrorInfo | None = None
+    """Of the last that failed, or why it is spent."""
+    spent: bool = False
+    """Nobody else is asked until it is deployed again or a node joins."""
+    due: float | None = None
+    """When it is looked at again; None: when something changes."""
+
+
+@dataclass(slots=True)
 class Pressure:
     """A target's demand in invocations, averaged over the short window, and whether it panics. `load`: since `at`."""
 
@@ -253,6 +276,8 @@ class State:
     """By source instance."""
     moved: list[MoveRecord] = field(default_factory=list)
     """The last moves that were made or refused, newest first."""
+    copies: dict[str, Copy] = field(default_factory=dict)
+    """By digest."""
     blocked: list[str] = field(default_factory=list)
     """Keys of targets that wait for room, sorted."""
     alarms: list[tuple[float, str]] = field(default_factory=list)
@@ -263,3 +288,5 @@ class State:
     """Instances ever made."""
     migrations: int = 0
     """MIGRATE ever sent."""
+    ingests: int = 0
+    """INGEST ever sent for a copy."""

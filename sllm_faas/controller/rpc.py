@@ -67,7 +67,9 @@ A body with an unknown op, a missing field or a value of the wrong type is a `Ba
                                                               instances: [I]}], starts: [{instance, node, state, warmth,
                                                               tier, predicted, actual, why, timeline: T, error: E,
                                                               ended: age s}] newest first}
-                                                              + {moves: [M], moving: [O]}
+                                                              + {moves: [M], moving: [O], copies: [{checkpoint, digest,
+                                                              nodes: [name], coming: name | None, tries, next: s | None,
+                                                              error: text}]}
     describe.node       {node}                                N + {instances_list: [I], estimates: {key: value},
                                                               starts, moves, moving: as above}
     checkpoint.pull     {source, revision, dtype,            more=True {stage, done, total, text} …, then

@@ -34,7 +34,7 @@ from sllm_faas.errors import IllegalTransition, PlatformError, SllmError, WireEr
 from sllm_faas.wire import codec
 from sllm_faas.wire.bus import Parts, Router
 from sllm_faas.wire.curve import DOMAIN, Admission, load_or_create
-from sllm_faas.wire.header import Header, Type, unpack
+from sllm_faas.wire.header import NO_INVOCATION, Header, Type, unpack
 from sllm_faas.wire.liveness import INTERVAL
 from sllm_faas.wire.messages import (
     BundleGet,
@@ -44,6 +44,7 @@ from sllm_faas.wire.messages import (
     Progress,
     RoutesDelta,
     Welcome,
+    ingest_id,
 )
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class Controller:
         self.storage_error = ""
         self.store = Store(config.db_path)
         self.bundles = Bundles(config.bundles_dir)
-        self.machine = Machine(self.life, migrate=True)
+        self.machine = Machine(self.life, migrate=True, copies=config.copies)
         self.peers = Peers()
         self.routes = RouteTable(self._publish)
         self.admin = Admin(self)
@@ -249,6 +250,13 @@ class Controller:
                 self.log.info("check", app=body.app.name, version=body.version, node=node)
             case cmd.SendUncheck(node, body):
                 self._to_node(node, Type.UNCHECK, body)
+            case cmd.SendIngest(node, body):
+                self._to_node(node, Type.INGEST, body)
+                point = body.checkpoint
+                self.log.info("copy", request=body.request, node=node, digest=point.digest[:12], source=point.source)
+            case cmd.CancelIngest(node, request):
+                self._to_node(node, Type.CANCEL, None, ingest_id(request))
+                self.log.info("copy called off", request=request, node=node)
             case cmd.PublishFunctions(app, functions, gone):
                 self.routes.set_functions(app, functions, gone)
             case cmd.PublishNode(info):
@@ -320,9 +328,9 @@ class Controller:
             tokens=result.tokens,
         )
 
-    def _to_node(self, name: str, kind: Type, body: object) -> None:
+    def _to_node(self, name: str, kind: Type, body: object, identity: bytes = NO_INVOCATION) -> None:
         peer = self.peers.get("invoker", name)
-        if peer is None or not peer.send(codec.encode(Header(kind), body)):
+        if peer is None or not peer.send(codec.encode(Header(kind, identity), body)):
             # Its HELLO will not name the instance, or its silence will be noticed: either way the machine learns.
             self.log.warning("command not sent", node=name, kind=kind.name)
 
@@ -485,8 +493,14 @@ class Controller:
             case Type.INGESTED:
                 assert isinstance(body, Ingested)
                 self.admin.on_ingested(peer, body)
-                if body.digest:
-                    self.feed(ev.CheckpointSeen(peer.name, body.digest, body.bytes))
+                self.log.info(
+                    "ingested",
+                    request=body.request,
+                    node=peer.name,
+                    digest=body.digest[:12],
+                    error=body.error.message if body.error else "",
+                )
+                self.feed(ev.CheckpointPulled(peer.name, body))
             case Type.BUNDLE_GET:
                 self.spawn(self._send_bundle(peer, frame.header.id, body))
 

@@ -38,6 +38,13 @@ The move of what runs in an instance (`migration`; over: nothing is to be done a
     waiting | (asked)  sent->moving  over->absent
     moving  | (asked)  late->resting  kept->resting  over->absent
     resting | (asked)  sent->moving  over->absent
+
+A further copy of a checkpoint that serves (`copies`; over: it is in enough places, or nothing wants it any more):
+
+    absent  | short->waiting
+    waiting | sent->coming  deferred->resting  over->absent
+    coming  | brought->waiting  failed->resting  over->absent
+    resting | (deferred)  again->waiting  over->absent
 """
 
 from __future__ import annotations
@@ -57,6 +64,7 @@ from sllm_faas.controller.commands import (
     PublishNode,
     WithdrawNode,
 )
+from sllm_faas.controller.copies import PATIENCE, Copies
 from sllm_faas.controller.deployments import Deployments
 from sllm_faas.controller.instances import Instances
 from sllm_faas.controller.ledger import Ledger
@@ -73,15 +81,23 @@ SETTLE = 3.0
 
 class Machine:
     def __init__(
-        self, life: str, state: State | None = None, policy: Policy | None = None, *, migrate: bool = False
+        self,
+        life: str,
+        state: State | None = None,
+        policy: Policy | None = None,
+        *,
+        migrate: bool = False,
+        copies: int = 0,
     ) -> None:
         """`life` names this controller's life and goes into the ids it gives. `policy` places; `migrate`: busy
-        instances may be moved, because the nodes know how to."""
+        instances may be moved, because the nodes know how to; `copies`: places that are to have each checkpoint of what
+        serves, 0: it is brought nowhere but where it is checked or started."""
         self.state = state or State(life)
         self.ledger = Ledger(self.state)
         self.scaler = Scaler(self.ledger, policy or Cheapest(), migrate)
         self.deployments = Deployments(self.ledger)
         self.instances = Instances(self.ledger, self.scaler, self.deployments)
+        self.copies = Copies(self.ledger, self.scaler.candidates, copies)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Restored: self._restored,
             ev.VersionAdded: self._version_added,
@@ -99,7 +115,7 @@ class Machine:
             ev.NodeDrained: self._node_drained,
             ev.NodeLeaving: self._node_leaving,
             ev.NodeStatsSeen: self._node_stats,
-            ev.CheckpointSeen: self._checkpoint_seen,
+            ev.CheckpointPulled: self._checkpoint_pulled,
             ev.InstanceSeen: self._instance_seen,
             ev.InstanceStopAsked: self._instance_stop_asked,
             ev.MigrationAsked: self._migration_asked,
@@ -128,16 +144,19 @@ class Machine:
         return msgspec.json.encode(msgspec.to_builtins(self.state, str_keys=True, order="deterministic"))
 
     @classmethod
-    def restore(cls, snapshot: bytes, policy: Policy | None = None, *, migrate: bool = False) -> Machine:
+    def restore(
+        cls, snapshot: bytes, policy: Policy | None = None, *, migrate: bool = False, copies: int = 0
+    ) -> Machine:
         """The machine that gave the snapshot, as far as any event can tell."""
         state = msgspec.json.decode(snapshot, type=State)
-        return cls(state.life, state, policy, migrate=migrate)
+        return cls(state.life, state, policy, migrate=migrate, copies=copies)
 
     def validate(self) -> None:
         """Raises AssertionError when an invariant does not hold."""
         assert not self.ledger.dirty, f"not reconciled: {self.ledger.dirty}"
         self.ledger.validate()
         self.scaler.migrations.validate()
+        self.copies.validate()
 
     def _settle(self) -> None:
         """Reconcile until nothing is dirty: a start or stop makes its target dirty again, which then rests."""
@@ -204,9 +223,12 @@ class Machine:
                 if node is not None and node.state == "lost" and node.since + FORGET_NODE <= self.ledger.now:
                     self._move_node(node, "expire")
                     self._remove_node(node)
+                    self.copies.node_gone(node)
                     estimate.forget(self.state.book, name)
             elif kind == "move":
                 self.scaler.migrations.due(name)
+            elif kind == "copy":
+                self.copies.due(name)
             elif kind == "check":
                 app, _, number = name.rpartition("|")
                 version = self.ledger.version(app, int(number))
@@ -250,6 +272,7 @@ class Machine:
         for app in self.state.apps.values():
             if app.active:
                 self.deployments.keep_minimum(app.versions[app.active])
+                self.copies.serves(app.name, PATIENCE)
 
     # -- deployments -----------------------------------------------------------------------------------------
 
@@ -258,15 +281,20 @@ class Machine:
 
     def _version_checked(self, event: ev.VersionChecked) -> None:
         self.deployments.take_check(event)
+        digests = event.result.checkpoints.values()
+        self.copies.seen(digests)
+        self.copies.deployed(digests)
 
     def _version_activated(self, event: ev.VersionActivated) -> None:
         self.deployments.activate(event.app, event.number)
+        self.copies.serves(event.app)
 
     def _version_refused(self, event: ev.VersionRefused) -> None:
         self.deployments.refuse(event.app, event.number, event.error)
 
     def _app_deleted(self, event: ev.AppDeleted) -> None:
         self.deployments.delete(event.app)
+        self.copies.serves(event.app)
 
     def routes(self, app: App) -> tuple[FunctionRoute, ...]:
         """What gateways are told of the app: its active version's functions."""
@@ -306,6 +334,7 @@ class Machine:
         before = node.state if node else "absent"
         state = cast(NodeState, tables.move(tables.NODE, f"node {info.name}", before, "hello"))
         changed = node is None or node.info != info
+        had, anew = (node.checkpoints, node.life != event.life) if node else (None, True)
         if node is None:
             node = self.state.nodes[info.name] = Node(info.name, state, self.ledger.now, info, cordoned=event.cordoned)
         else:
@@ -326,6 +355,7 @@ class Machine:
         self.deployments.reassign_checks(None)
         if all(known.state == "up" for known in self.state.nodes.values()):
             self.state.settle_until = 0.0
+        self.copies.node_up(node, had, anew)
         self._room()
 
     def _room(self) -> None:
@@ -345,6 +375,7 @@ class Machine:
         self.instances.lose_all(node)
         self.ledger.room_changed()
         self.deployments.reassign_checks(node.name)
+        self.copies.node_closed(node)
 
     def _node_left(self, event: ev.NodeLeft) -> None:
         node = self._node(event.name, "bye")
@@ -353,6 +384,8 @@ class Machine:
         self._remove_node(node)
         self.ledger.room_changed()
         self.deployments.reassign_checks(node.name)
+        self.copies.node_closed(node)
+        self.copies.node_gone(node, PATIENCE)
 
     def _remove_node(self, node: Node) -> None:
         self.ledger.where.remove(node)
@@ -366,8 +399,10 @@ class Machine:
         self.ledger.where.touch(node.name)
         if event.cordoned:
             self.ledger.room_changed()
+            self.copies.node_closed(node)
         else:
             node.draining = False
+            self.copies.offer(node)
             self._room()
 
     def _node_drained(self, event: ev.NodeDrained) -> None:
@@ -383,6 +418,7 @@ class Machine:
     def _empty(self, node: Node, why: str) -> None:
         self.ledger.where.touch(node.name)
         self.ledger.room_changed()
+        self.copies.node_closed(node)
         for instance in self.ledger.on_node(node.name):
             self.scaler.migrations.empty(instance, f"node {node.name} {why}")
 
@@ -392,18 +428,26 @@ class Machine:
         if self.ledger.pinned(node.name) != event.stats.pinned:
             self.ledger.where.touch(node.name)
             self.ledger.room_changed()
-        node.stats = event.stats
+        before, node.stats = node.stats, event.stats
         if event.stats.bandwidth and event.stats.bandwidth != node.info.bandwidth:
             node.info = replace(node.info, bandwidth=event.stats.bandwidth)
         if event.stats.layers is not None:
             node.layers = sorted(event.stats.layers)
+        had = node.checkpoints
         if event.stats.checkpoints is not None:
             node.checkpoints = sorted(event.stats.checkpoints)
         self.ledger.where.add(node)
+        if node.checkpoints != had:
+            self.copies.told(node, had)
+        self.copies.stats_seen(node, before)
 
-    def _checkpoint_seen(self, event: ev.CheckpointSeen) -> None:
-        self.ledger.where.note_checkpoint(self._node(event.node, "checkpoint"), event.digest)
-        self.ledger.note_size(event.digest, event.bytes)
+    def _checkpoint_pulled(self, event: ev.CheckpointPulled) -> None:
+        node, result = self._node(event.node, "checkpoint"), event.result
+        if result.digest:
+            self.ledger.where.note_checkpoint(node, result.digest)
+            self.ledger.note_size(result.digest, result.bytes)
+            self.copies.seen((result.digest,))
+        self.copies.answered(node, result)
 
     def _move_node(self, node: Node, event: str) -> None:
         after = tables.move(tables.NODE, f"node {node.name}", node.state, event)

@@ -84,6 +84,19 @@ MOVE: Table = {
     ("resting", "over"): "absent",
 }
 
+COPY: Table = {
+    ("absent", "short"): "waiting",
+    ("waiting", "sent"): "coming",
+    ("waiting", "deferred"): "resting",
+    ("waiting", "over"): "absent",
+    ("coming", "brought"): "waiting",
+    ("coming", "failed"): "resting",
+    ("coming", "over"): "absent",
+    ("resting", "deferred"): "resting",
+    ("resting", "again"): "waiting",
+    ("resting", "over"): "absent",
+}
+
 LIVE = ("requested", "starting", "ready")
 """Instance states that count as capacity, now or soon."""
 

@@ -102,6 +102,7 @@ class Views:
             **self.function(version, name),
             "desired": sum(target["desired"] for target in targets),
             "service_time": msgspec.structs.asdict(took) if took else None,
+            "copies": self._copies(version, name, now),
             "targets": targets,
             "starts": [start(record, now) for record in self.state.history.get(f"{app_name}/{name}", [])],
             "moves": [made(record, now) for record in self.state.moved if record.function == f"{app_name}/{name}"],
@@ -111,6 +112,24 @@ class Views:
                 if (i := self.state.instances[move.source]).target.app == app_name and i.target.function == name
             ],
         }
+
+    def _copies(self, version: Version, name: str, now: float) -> list[Shape]:
+        """Where its checkpoints are, and where they are being brought."""
+        spec, lines = resolve(version, name), []
+        for key, point in spec.checkpoints().items() if spec is not None else ():
+            copy = self.state.copies.get(point.digest)
+            lines.append(
+                {
+                    "checkpoint": key,
+                    "digest": point.digest,
+                    "nodes": sorted(self.ledger.where.holders(point.digest)),
+                    "coming": copy.node or None if copy else None,
+                    "tries": copy.tries if copy else 0,
+                    "next": round(copy.due - now, 3) if copy and copy.state == "resting" and copy.due else None,
+                    "error": copy.error.message if copy and copy.error else "",
+                }
+            )
+        return lines
 
     def move(self, move: Move, now: float) -> Shape:
         """One that goes on."""

@@ -42,7 +42,7 @@ class Type(IntEnum):
     # gateway -> invoker -> container
     INVOKE = 16
     CREDIT = 17  # (no body) flow control: header.credit
-    CANCEL = 18  # (no body) repeated until a terminal frame comes
+    CANCEL = 18  # (no body) repeated until a terminal frame comes; controller -> invoker: that INGEST, once
     WANT = 19  # gateway -> invoker: this many more slots would be used
     ADOPT = 20  # gateway -> invoker: an orphan is mine from here; header.seq = first output wanted
 

@@ -6,6 +6,7 @@ A body never holds more than its receiver needs; user payloads are opaque bytes 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -356,11 +357,20 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Ingest:
+    """Bring a checkpoint. A CANCEL whose id is `ingest_id` of the request ends it; then there is no answer."""
+
     request: str
     checkpoint: CheckpointSpec
     name: str = ""
     base: str = ""
     """For an adapter, the name or digest of what it adapts."""
+    ahead: bool = False
+    """Of need: it waits until nothing starts there, and nothing leaves the disk for it."""
+
+
+def ingest_id(request: str) -> bytes:
+    """Of frames without a body that are about that INGEST."""
+    return hashlib.blake2b(request.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)

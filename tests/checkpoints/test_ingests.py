@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +66,9 @@ def ingests(store: CheckpointStore, tmp_path: Path) -> Ingests:
 class Waiter:
     """Somebody who waits for a checkpoint; `under_way` is set when some of its weights are here."""
 
-    def __init__(self, ingests: Ingests, spec: CheckpointSpec, folder: Path, *, pull: bool = False) -> None:
+    def __init__(
+        self, ingests: Ingests, spec: CheckpointSpec, folder: Path, *, pull: bool = False, ahead: bool = False
+    ) -> None:
         self.under_way = asyncio.Event()
         before = sum(path.stat().st_size for path in folder.iterdir() if path.name == "config.json")
 
@@ -73,7 +76,8 @@ class Waiter:
             if stage == "fetch" and done > before:
                 self.under_way.set()
 
-        waits = ingests.bring(spec, "tiny", report) if pull else ingests.ready(spec, report)
+        pulls = pull or ahead
+        waits = ingests.bring(spec, "tiny", report, ahead=ahead) if pulls else ingests.ready(spec, report)
         self.task: asyncio.Task[object] = asyncio.create_task(waits)
 
     async def leave(self) -> None:
@@ -138,6 +142,26 @@ async def test_one_of_two_who_wait_for_a_pull_may_leave(ingests, server, source)
     with pytest.raises(CheckpointCorrupt, match="was asked for"):
         await pull.task
     assert server.weights_asked() == [""]
+
+
+async def test_a_pull_ahead_of_need_gives_way_until_a_start_needs_it(ingests, server, source, tmp_path):
+    """Then it goes on from there, and whoever had asked for it before is told how it ended too."""
+
+    async def niceness() -> int:
+        (pid,) = recorded(tmp_path)
+        return os.getpriority(os.PRIO_PROCESS, pid)
+
+    spec = CheckpointSpec(server.url, revision=f"blake3:{'0' * 64}")
+    copy = Waiter(ingests, spec, source, ahead=True)
+    await copy.under_way.wait()
+    assert await niceness() == 19
+    start = Waiter(ingests, spec, source)
+    assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
+    server.go_on()
+    for waiter in (start, copy):
+        with pytest.raises(CheckpointCorrupt, match="was asked for"):
+            await waiter.task
+    assert server.weights_asked() == ["", f"bytes={HELD}-"]
 
 
 async def test_who_asks_while_a_pull_is_being_given_up_gets_one_of_its_own(ingests, server, source):

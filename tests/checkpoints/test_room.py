@@ -80,6 +80,16 @@ def test_nothing_leaves_when_all_together_would_not_be_enough(store, model, size
     assert leftovers(store) == []
 
 
+def test_nothing_leaves_for_what_is_brought_ahead_of_need(store, model, size):
+    first, other = ingest(store, str(model("a")), "a", ahead=True).digest, str(model("b"))
+    with pytest.raises(StorageFull, match="for b: it takes"):
+        ingest(store, other, "b", limit=size * 3 // 2, ahead=True)
+    assert objects(store) == [first]
+    assert leftovers(store) == []
+    second = ingest(store, other, "b", limit=size * 5 // 2, ahead=True).digest
+    assert objects(store) == sorted([first, second])
+
+
 def test_a_full_file_system_has_others_leave_too(store, model, size, monkeypatch):
     first = ingest(store, str(model("a")), "a").digest
     disk = shutil.disk_usage(store.root)

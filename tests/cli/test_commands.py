@@ -179,13 +179,21 @@ def test_describe_function_says_why_its_instances_are_where_they_are(sllm: Run, 
     target = {"target": "demo/square@3", "failures": 0, "retry_in": None, "error": None, "blocked": "no room",
               "panics_for": 42.0, "tokens": 2500, "placement": "node-1: 0.30 s", "instances": [INSTANCE]}  # fmt: skip
     body = {**FUNCTION, "desired": 1, "targets": [target], "starts": [], "moves": [MOVE], "moving": [MOVING],
-            "service_time": {"seconds": 0.25, "deviation": 0.05, "seen": 40}}  # fmt: skip
+            "service_time": {"seconds": 0.25, "deviation": 0.05, "seen": 40}, "copies": [
+                {"checkpoint": "f", "digest": "d" * 64, "nodes": ["node-0"], "coming": "far", "next": None,
+                 "error": ""},
+                {"checkpoint": "f:a", "digest": "e" * 64, "nodes": ["node-0"], "coming": None, "next": 20.0,
+                 "error": "no room"},
+                {"checkpoint": "f:b", "digest": "f" * 64, "nodes": [], "coming": None, "next": None, "error": "gone"},
+            ]}  # fmt: skip
     fake.answers["GET /v1/functions/demo/square"] = Answer(body=body)
     code, out, _ = sllm("describe", "demo/square")
     assert code == 0
     for text in ("least estimated start", "disk 2.1 GB/s", "Waits: no room", "wanted now: 1", "first_output=none",
                  "down for 42", "about 2500", "node-1: 0.30 s", "250 ms ± 50 ms in a slot (mean of 40)",
-                 "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms"):  # fmt: skip
+                 "Moving ins-1 on node-0 to ins-2 on node-1", "180 ms", "dddddddddddd on node-0, coming to far",
+                 "on node-0, tried again in 20", "no room",
+                 "on no node, left alone until a deployment or another node: gone"):  # fmt: skip
         assert text in out
 
 

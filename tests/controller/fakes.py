@@ -115,8 +115,9 @@ class Gateway(Peer):
 class Invoker(Peer):
     memory_mb = 4096
 
-    async def hello(self, *reports: InstanceReport) -> None:
-        info = NodeInfo(self.name, f"ipc:///run/{self.name}.sock", memory_mb=self.memory_mb)
+    async def hello(self, *reports: InstanceReport, joined: bool = False) -> None:
+        endpoint = f"tcp://{self.name}:1" if joined else f"ipc:///run/{self.name}.sock"
+        info = NodeInfo(self.name, endpoint, memory_mb=self.memory_mb)
         self.send(Type.HELLO, Hello("invoker", self.name, self.life, node=info, instances=reports))
         await self.expect(Type.WELCOME)
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sllm_faas.controller import events as ev
 from sllm_faas.controller.state import Machine
 from sllm_faas.spec import Target
-from sllm_faas.wire.messages import TargetDemand
+from sllm_faas.wire.messages import NodeStats, TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import World
 
@@ -30,7 +30,7 @@ SPECS = {
 class Chaos(RuleBasedStateMachine):
     @initialize()
     def begin(self):
-        self.world = World()
+        self.world = World(Machine("abc", migrate=True, copies=2))
         self.numbers = dict.fromkeys(APPS, 0)
         self.world.feed(ev.Restored())
         for gateway in GATEWAYS:
@@ -108,6 +108,10 @@ class Chaos(RuleBasedStateMachine):
         self.world.nodes.setdefault(node, _node(node))
         self.world.hello(node)
 
+    @rule(node=st.sampled_from(NODES), disk=st.sampled_from([0, 5000, 9000]))
+    def stats(self, node, disk):
+        self.world.feed(ev.NodeStatsSeen(node, NodeStats(0, disk, 0)))
+
     @precondition(lambda self: self.world.nodes)
     @rule(data=st.data())
     def die(self, data):
@@ -167,7 +171,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def a_second_look_finds_nothing_to_do(self):
         if hasattr(self, "world"):
-            machine = Machine.restore(self.world.machine.snapshot(), migrate=True)
+            machine = Machine.restore(self.world.machine.snapshot(), migrate=True, copies=2)
             assert machine.snapshot() == self.world.machine.snapshot()
             machine.ledger.dirty.update(machine.state.targets)
             commands = machine.handle(ev.Tick(), self.world.now)
@@ -182,6 +186,10 @@ class Chaos(RuleBasedStateMachine):
             world.nodes.setdefault(node, _node(node))
             world.feed(ev.NodeCordoned(node, False))
         world.rest()
+        for node in NODES:
+            world.feed(ev.NodeStatsSeen(node, NodeStats(0, 0, 0)))
+            world.feed(ev.NodeStatsSeen(node, NodeStats(0, 9000, 0)))
+        world.rest()
         machine = world.machine
         for key, record in machine.state.targets.items():
             live = len(machine.ledger.live(key))
@@ -189,6 +197,7 @@ class Chaos(RuleBasedStateMachine):
         running = {name for node in world.nodes.values() for name in node.reports}
         assert running == set(machine.state.instances), "what runs is what the machine knows"
         assert not machine.state.moves, "every move is over"
+        assert not machine.state.copies, "every checkpoint has its copies"
         assert not any(app.pending for app in machine.state.apps.values()), "every deployment has ended"
         assert world.replayed().snapshot() == machine.snapshot()
 
@@ -196,7 +205,7 @@ class Chaos(RuleBasedStateMachine):
 def _node(name):
     from tests.controller.world import ModelNode
 
-    return ModelNode(name, memory_mb=1000)
+    return ModelNode(name, memory_mb=1000, joined=name != "node-0")
 
 
 Chaos.TestCase.settings = settings(

@@ -12,7 +12,7 @@ from sllm_faas.controller.model import key_of
 from sllm_faas.controller.state import Machine
 from sllm_faas.controller.views import Views
 from sllm_faas.spec import CheckpointSpec, Target, digest
-from sllm_faas.wire.messages import InstanceReport, NodeInfo, NodeStats, TargetDemand
+from sllm_faas.wire.messages import Ingested, InstanceReport, NodeInfo, NodeStats, TargetDemand
 from tests.controller.fakes import app, function, llm
 from tests.controller.story import F, deliver, deploy, running, settle, world
 from tests.controller.world import DIGEST, ModelNode, World
@@ -318,7 +318,7 @@ def test_what_a_node_measures_after_its_hello_counts_until_something_was_learned
     machine = made.machine
     node, target = machine.state.nodes["node-0"], Target("app", "f", 1)
     spec = machine.ledger.function(target)
-    made.feed(ev.CheckpointSeen("node-0", DIGEST, 2**28))
+    made.feed(ev.CheckpointPulled("node-0", Ingested("pull-1", DIGEST, 2**28)))
     made.feed(ev.NodeStatsSeen("node-0", NodeStats(0, 0, 0, bandwidth={"disk": 2.0**27})))
     assert machine.scaler.candidates.guess(node, target, spec).load == 2.0
     made.feed(ev.NodeStatsSeen("node-0", NodeStats(0, 0, 0)))

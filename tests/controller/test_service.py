@@ -38,6 +38,7 @@ from sllm_faas.wire.messages import (
     NodeStats,
     Progress,
     Reply,
+    ingest_id,
 )
 from tests.controller.fakes import ARCHIVE, BUNDLE, Gateway, Invoker, app, function, llm
 
@@ -401,6 +402,25 @@ async def test_a_pull_ends_with_its_node(controller, gateway, invoker):
     invoker.send(Type.BYE)
     with pytest.raises(Unavailable, match="node-0 went away"):
         await done
+
+
+async def test_a_deployed_checkpoint_is_brought_to_a_second_node_and_called_off_with_its_app(
+    controller, gateway, invoker
+):
+    async with peer(Invoker, controller, "far") as far:
+        await far.hello(joined=True)
+        await gateway.call("node.cordon", node="far")
+        far.send(Type.NODE, NodeStats(0, 9000, 0))
+        await deploy(gateway, invoker, app(llm("chat")), checkpoints={"chat": "d" * 64}, sizes={"d" * 64: 99})
+        await gateway.call("node.uncordon", node="far")
+        ingest = (await far.expect(Type.INGEST)).body
+        assert (ingest.checkpoint.digest, ingest.ahead) == ("d" * 64, True)
+        shown = await gateway.call("describe.function", app="app", function="chat")
+        assert [(copy["nodes"], copy["coming"]) for copy in shown["copies"]] == [(["node-0"], "far")]
+        await gateway.call("app.delete", app="app")
+        assert (await far.expect(Type.CANCEL)).header.id == ingest_id(ingest.request)
+        far.send(Type.INGESTED, Ingested(ingest.request, error=ErrorInfo("x", "too late")))
+        assert not (await gateway.call("app.list"))["apps"]
 
 
 async def test_invocations_are_asked_of_every_gateway_and_merged(controller, gateway):

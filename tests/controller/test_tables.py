@@ -10,7 +10,7 @@ from sllm_faas.errors import IllegalTransition
 REPORTS = ("starting", "ready", "draining", "stopped", "failed")
 
 
-@pytest.mark.parametrize("table", [tables.VERSION, tables.INSTANCE, tables.NODE, tables.MOVE])
+@pytest.mark.parametrize("table", [tables.VERSION, tables.INSTANCE, tables.NODE, tables.MOVE, tables.COPY])
 def test_the_docstring_shows_the_table_that_is_used(table):
     indented = "\n".join("    " + line for line in tables.render(table).splitlines())
     assert indented in (state.__doc__ or "")

@@ -10,7 +10,17 @@ from sllm_faas.controller.model import key_of
 from sllm_faas.controller.state import Machine
 from sllm_faas.errors import ErrorInfo, IllegalTransition
 from sllm_faas.spec import Target
-from sllm_faas.wire.messages import Checked, InstanceReport, Migrate, Migrated, MoveResult, NodeInfo, TargetDemand
+from sllm_faas.wire.messages import (
+    Checked,
+    Ingest,
+    Ingested,
+    InstanceReport,
+    Migrate,
+    Migrated,
+    MoveResult,
+    NodeInfo,
+    TargetDemand,
+)
 
 DIGEST = "d" * 64
 FAILED = ErrorInfo("start_failed", "enter raised", status=503)
@@ -27,12 +37,13 @@ class ModelNode:
     numbers: int = 0
     joined: bool = False
     """It is on another machine."""
+    checkpoints: set[str] = field(default_factory=set)
 
     def info(self) -> NodeInfo:
         here, tcp = f"ipc:///{self.name}", f"tcp://{self.name}"
         return NodeInfo(
             self.name, f"{tcp}:1" if self.joined else here, f"key-{self.name}", self.memory_mb,
-            neighbour_endpoint=f"{tcp}:2",
+            checkpoints=tuple(sorted(self.checkpoints)), neighbour_endpoint=f"{tcp}:2",
         )  # fmt: skip
 
 
@@ -62,7 +73,10 @@ class World:
         self.machine.validate()
         self.commands += commands
         for command in commands:
-            if isinstance(command, cmd.SendStart | cmd.SendStop | cmd.SendCheck | cmd.SendMigrate):
+            if isinstance(
+                command,
+                cmd.SendStart | cmd.SendStop | cmd.SendCheck | cmd.SendMigrate | cmd.SendIngest | cmd.CancelIngest,
+            ):
                 node = self.nodes[command.node]
                 self.to_nodes.append((node.name, node.life, command))
             elif isinstance(command, cmd.StoreActivation):
@@ -117,13 +131,26 @@ class World:
                 self._say(node, report.instance)
         elif isinstance(command, cmd.SendMigrate):
             self.migrate(node, command.body, outcome)
+        elif isinstance(command, cmd.SendIngest):
+            self.ingest(node, command.body, outcome)
         elif isinstance(command, cmd.SendCheck):
             check = command.body
+            node.checkpoints.update(DIGEST for f in check.app.functions if f.checkpoint)
             digests = {f.name: DIGEST for f in check.app.functions if f.checkpoint}
             result = Checked(
                 check.app.name, check.version, checkpoints=digests, sizes=dict.fromkeys(digests.values(), 2**28)
             )
             self.to_machine.append(ev.VersionChecked(name, result))
+
+    def ingest(self, node: ModelNode, body: Ingest, outcome: str) -> None:
+        """Brought at once, or refused when `outcome` is "kept"."""
+        if outcome == "kept":
+            answer = Ingested(body.request, error=ErrorInfo("checkpoint_unavailable", "not there", status=503))
+        else:
+            node.checkpoints.add(body.checkpoint.digest)
+            answer = Ingested(body.request, body.checkpoint.digest, 2**28)
+        if node.connected:
+            self.to_machine.append(ev.CheckpointPulled(node.name, answer))
 
     def migrate(self, node: ModelNode, body: Migrate, outcome: str) -> None:
         """What runs there goes on at the destination, or not."""
@@ -208,7 +235,7 @@ class World:
 
     def replayed(self) -> Machine:
         """Another machine that was told the same."""
-        other = Machine("abc", migrate=True)
+        other = Machine("abc", migrate=True, copies=self.machine.copies.goal)
         for event, at in self.log:
             kind, data = ev.encode_event(event)
             other.handle(ev.decode_event(kind, data), at)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,24 @@ def test_a_stream_moves_to_a_joined_node_and_back() -> None:
         kills.finish([stream])
         thread.join(60)
         assert stream.whole, (stream.end, stream.problem, len(stream.values))
+
+
+def test_what_is_deployed_is_brought_to_a_second_node_before_it_starts_there() -> None:
+    with tempfile.TemporaryDirectory(prefix="sllm-join-") as state, joined(Path(state), 1) as main:
+
+        def describe() -> Any:
+            return main.json("describe", "counting/counting")
+
+        main.sllm("node", "cordon", "far")
+        main.sllm("deploy", "--model", str(EXAMPLES / "counting/model"), "--name", "counting")
+        assert [copy["nodes"] for copy in describe()["copies"]] == [["node-0"]]
+        main.sllm("node", "uncordon", "far")
+        eventually(lambda: [copy["nodes"] for copy in describe()["copies"]] == [["far", "node-0"]])
+        main.sllm("node", "cordon", "node-0")
+        body = {"model": "counting", "prompt": "1 2 3", "max_tokens": 3, "temperature": 0}
+        assert main.post("/v1/completions", body).json()["choices"][0]["text"] == " 4 5 6"
+        (start,) = describe()["starts"]
+        assert (start["node"], start["tier"] == "remote") == ("far", False)
 
 
 def test_a_made_up_token_is_refused_with_a_reason(tmp_path: Path) -> None:

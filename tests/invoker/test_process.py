@@ -21,7 +21,7 @@ from sllm_faas.config import Config
 from sllm_faas.spec import AppSpec, CheckpointSpec, FunctionSpec, MethodSpec, Target
 from sllm_faas.wire.bus import Dealer, Parts, Router
 from sllm_faas.wire.codec import Frame, decode, encode, pack, unpack_as
-from sllm_faas.wire.header import NO_LIMIT, Header, Type
+from sllm_faas.wire.header import NO_INVOCATION, NO_LIMIT, Header, Type
 from sllm_faas.wire.messages import (
     BundlePart,
     Check,
@@ -34,6 +34,7 @@ from sllm_faas.wire.messages import (
     Stop,
     Want,
     Welcome,
+    ingest_id,
 )
 from tests.checkpoints.model_server import serving
 
@@ -139,8 +140,8 @@ class Node:
             self.controller.send(peer, encode(Header(Type.BUNDLE_PART), part, data))
         self._note("invoker", frame)
 
-    def command(self, kind: Type, body: Any) -> None:
-        self.controller.send(self.peer, encode(Header(kind), body))
+    def command(self, kind: Type, body: Any, identity: bytes = NO_INVOCATION) -> None:
+        self.controller.send(self.peer, encode(Header(kind, identity), body))
 
     # -- gateway ---------------------------------------------------------------------------------------------
 
@@ -460,8 +461,9 @@ async def test_requests_are_answered_and_bad_ones_refused_by_name(node: Node) ->
     assert (await ask("format.disk", pack({}))).error.code == "not_found"
 
 
-async def test_a_start_that_is_stopped_takes_the_pull_along_that_only_it_waits_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", ["start", "ingest"])
+async def test_what_is_called_off_takes_the_pull_along_that_only_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.setenv("SLLM_TRUSTED_SOURCES", "127.0.0.1")
     model = tmp_path / "model"
@@ -474,11 +476,18 @@ async def test_a_start_that_is_stopped_takes_the_pull_along_that_only_it_waits_f
         try:
             node.launch()
             await node.frame(Type.HELLO)
-            spec = FunctionSpec("far", kind="llm", checkpoint=CheckpointSpec(server.url))
-            node.command(Type.START, Start("ins-far", Target("app", "far", 1), spec))
+            if asked == "start":
+                spec = FunctionSpec("far", kind="llm", checkpoint=CheckpointSpec(server.url))
+                node.command(Type.START, Start("ins-far", Target("app", "far", 1), spec))
+            else:
+                for _ in range(2):  # it is one, however often it is asked for
+                    node.command(Type.INGEST, Ingest("copy-1", CheckpointSpec(server.url), ahead=True))
             assert await asyncio.to_thread(server.held.wait, 30)
-            node.command(Type.STOP, Stop("ins-far", 0.0, "nobody waits for it any more"))
-            await node.state("ins-far", "stopped")
+            if asked == "start":
+                node.command(Type.STOP, Stop("ins-far", 0.0, "nobody waits for it any more"))
+                await node.state("ins-far", "stopped")
+            else:
+                node.command(Type.CANCEL, None, ingest_id("copy-1"))
             assert await asyncio.to_thread(server.left.wait, 30)
         finally:
             node.close()

@@ -2,6 +2,7 @@
 
     python -m sllm_invoker.checkpoints.ingest --root R --source S --name N [--revision V] [--dtype D]
                                             [--tensor-parallel RANKS] [--forward FD] [--limit BYTES]
+                                            [--ahead]
 
 prints one JSON line per step of progress, `{"stage", "done", "total"}`, one per object that made room for this one,
 `{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest",
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import socket
 import sys
@@ -64,6 +66,8 @@ from sllm_invoker.checkpoints.source import (
 )
 from sllm_invoker.checkpoints.store import CheckpointStore, check_name, is_full, storage_errors
 
+LOWEST = 19
+"""Niceness."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -89,13 +93,14 @@ def ingest(
     forward: Forward | None = None,
     limit: int = 0,
     evicted: Callable[[Evicted], None] | None = None,
+    ahead: bool = False,
 ) -> Ingested:
     """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
     adapter needs its `base`: the name or digest of a checkpoint in the store. `tensor_parallel`: ranks that share
     the weights out, as transformers' plan for the model says; each reads what all have and its own slices. A model that
     had to be written, for one, is in the DRAM tier too where `forward` finds room there. `limit`: bytes that all
     checkpoints may take (0: what the disk has); where there is too little room others leave (`room`), and `evicted` is
-    told of each.
+    told of each. `ahead`: of need, so none does.
 
     Raises BadSpec (not a model, refused, bad name or dtype, no equal shares), CheckpointUnavailable (cannot be
     reached), CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -130,7 +135,7 @@ def ingest(
         found = store.known(quick) if origin.settled else None
         digest = found.digest if found is not None else ""
         if not digest:
-            room = stack.enter_context(Room(store, name, limit=limit, evicted=evicted))
+            room = stack.enter_context(Room(store, name, limit=limit, evicted=evicted, free_only=ahead))
             if origin.remote is not None:
                 room.make(download_bytes(origin) + object_bytes(origin, dtype), origin.directory)
             origin = origin.fetched(report)
@@ -345,7 +350,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", default="")
     parser.add_argument("--forward", type=int, default=-1)
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--ahead", action="store_true")
     options = parser.parse_args(argv)
+    if options.ahead:
+        os.nice(LOWEST)  # what is needed comes first
     told = ["", 0]
 
     def progress(done: int, total: int, stage: str) -> None:
@@ -371,6 +379,7 @@ def main(argv: list[str] | None = None) -> int:
                 forward=forward,
                 limit=options.limit,
                 evicted=lambda each: _say({"evicted": dataclasses.asdict(each)}),
+                ahead=options.ahead,
             )
     except SllmError as error:
         info = dataclasses.asdict(to_info(error))

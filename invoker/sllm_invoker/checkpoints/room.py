@@ -47,15 +47,22 @@ class Evicted:
 
 class Room:
     """The room of one ingest, of what is called `name`. `limit`: bytes for all checkpoints, 0: what the file system
-    has; `evicted` is told of each object that left."""
+    has; `evicted` is told of each object that left. `free_only`: nothing leaves for it."""
 
     def __init__(
-        self, store: CheckpointStore, name: str, *, limit: int = 0, evicted: Callable[[Evicted], None] | None = None
+        self,
+        store: CheckpointStore,
+        name: str,
+        *,
+        limit: int = 0,
+        evicted: Callable[[Evicted], None] | None = None,
+        free_only: bool = False,
     ) -> None:
         self._store = store
         self._name = name
         self._limit = limit
         self._evicted = evicted or (lambda _: None)
+        self._free_only = free_only
         self._path = store.root / "rooms" / uuid.uuid4().hex
         self._fd = -1
         self.promised = 0
@@ -100,6 +107,8 @@ class Room:
                 )
                 if short <= 0:
                     break
+                if self._free_only:
+                    raise self._full(total, free, {})
                 book = usage.read(store)
                 kept = {**_stays(store, book.records), **dict.fromkeys(in_use, IN_USE)}
                 objects = {name: OnDisk(size, kept.get(name, "")) for name, size in sizes.items()}
