@@ -299,6 +299,18 @@ class Ledger:
             del self._spare_of[key]
         return not after.keys() <= before.keys()
 
+    def take_spare(self, instance: Instance) -> bool:
+        """One that could go does: its target has as many as it wants without it. False: it was none."""
+        key = key_of(instance.target)
+        mine = self._spare_of.get(key)
+        if mine is None or instance.id not in mine:
+            return False
+        instance.spare = None
+        _discard(self._spare_of, key, instance.id)
+        _discard(self._spare, instance.node, instance.id)
+        self.where.touch(instance.node)
+        return True
+
     def loading_on(self, node: str) -> Collection[Instance]:
         """Those that start there, in no order."""
         return self._loading[node].values() if node in self._loading else ()

@@ -407,7 +407,8 @@ class Scaler:
         instance.stopping = instance.stopping or why
         instance.drain = drain
         self.ledger.note_state(instance)
-        self.ledger.touch(instance.target)
+        if not self.ledger.take_spare(instance):  # its target has nothing to do about one that it could spare
+            self.ledger.touch(instance.target)
         self.ledger.emit(SendStop(instance.node, Stop(instance.id, drain, why)))
 
     def stop_again(self, instance: Instance) -> None:

@@ -107,3 +107,19 @@ def test_an_instance_of_a_pinned_checkpoint_needs_no_memory_for_it_again():
     assert not made.sent(cmd.SendStart), "256 MiB of weights and 300 of its own are more than 500"
     pinned(made, DIGEST, 200)
     assert made.sent(cmd.SendStart)
+
+
+def test_what_goes_is_at_once_no_longer_counted_among_those_its_target_could_spare():
+    made = world(("node-0", 1000))
+    deploy(made, app(function("f", memory_mb=300)))
+    made.demand("g", F, 2)
+    settle(made)
+    made.demand("g", F, 0)
+    machine, key = made.machine, key_of(F)
+    first, second = machine.ledger.live(key)
+    machine.scaler.stop(first, "evicted", None)
+    assert machine.ledger.has_spare(key)
+    machine.scaler.stop(second, "evicted", None)
+    assert not machine.ledger.has_spare(key)
+    assert not machine.ledger.dirty
+    machine.validate()
