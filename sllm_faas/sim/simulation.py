@@ -12,7 +12,7 @@ from sllm_faas.controller.state import Machine
 from sllm_faas.errors import BadRequest
 from sllm_faas.sim.clock import Clock
 from sllm_faas.sim.gateway import NAME, SimGateway
-from sllm_faas.sim.node import Host, SimNode
+from sllm_faas.sim.node import Host, Running, SimNode
 from sllm_faas.sim.policies import ANEW, MOVING, POLICIES, SEES_BUSY
 from sllm_faas.sim.results import Result, Samples, summary
 from sllm_faas.sim.scenario import GB, FunctionModel, NodeModel, Scenario, check
@@ -137,7 +137,7 @@ class Simulation:
                 random_of(rng),
                 self.samples,
                 self._tell,
-                lambda node, instance: self.gateway.instance_changed(node, instance),
+                self._granted,
                 hosts[number],
             )
         return nodes
@@ -152,6 +152,18 @@ class Simulation:
     def _arrive(self, request: Request) -> None:
         self._next_arrival()
         self.gateway.arrive(request)
+
+    def _granted(self, node: SimNode, instance: Running) -> None:
+        """What an invoker grants the gateway. That nothing more may come holds at once: the invoker would refuse it."""
+        if instance.state != "ready":
+            self.gateway.instance_changed(node, instance)
+            return
+
+        def arrives() -> None:
+            if instance.state == "ready":
+                self.gateway.instance_changed(node, instance)
+
+        self.clock.after(self._delay, arrives)
 
     def _tell(self, event: ev.Event) -> None:
         self.clock.after(self._delay, lambda: self._feed(event))

@@ -54,13 +54,13 @@ def test_a_run_repeats_exactly(policy):
 
 
 def test_one_cold_request_takes_what_the_model_says():
-    """Two messages to the node, one read of 4 GB at 2 GB/s, the container, and back; then the prompt."""
+    """Two messages to the node, one read of 4 GB at 2 GB/s, the container, and its grant back; then the prompt."""
     one = replace(MODEL, count=1, input="fixed:100")
     node = replace(SMALL.nodes[0], count=1, delay=0.01)
     alone = replace(SMALL, nodes=(node,), functions=(one,), load=LoadModel("poisson", rate=0.001), seconds=3000.0)
     simulation = Simulation(alone, "ours", 1)
     simulation.run()
-    assert simulation.samples.startup[0] == pytest.approx(2.0 + 0.1 + 2 * 0.01, abs=1e-6)
+    assert simulation.samples.startup[0] == pytest.approx(2.0 + 0.1 + 3 * 0.01, abs=1e-6)
     assert simulation.samples.ttft[0] == pytest.approx(simulation.samples.startup[0] + 0.1, abs=1e-6)
 
 
