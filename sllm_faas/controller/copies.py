@@ -154,8 +154,9 @@ class Copies:
             self._review(digest, patience)
 
     def stats_seen(self, node: Node, before: NodeStats | None) -> None:
-        """Its disk may have room now."""
-        if before is None or (node.stats is not None and node.stats.disk_free_mb > before.disk_free_mb):
+        """Its disk may have room now. A little more than before is not looked at: free space always varies."""
+        free_mb = 0 if node.stats is None else node.stats.disk_free_mb
+        if before is None or free_mb // SPARE_MB > before.disk_free_mb // SPARE_MB:
             self.offer(node)
 
     def due(self, digest: str) -> None:
@@ -227,6 +228,8 @@ class Copies:
             assert node.stats is not None
             return copy.failed.get(_place(node), 0), -node.stats.disk_free_mb, node.name
 
+        if len(self._bringing) == len(self.state.nodes):
+            return  # as after the deployment of very many: who is done is offered the next
         there = self.places(copy.digest)
         for node in sorted((node for node in self.state.nodes.values() if self._free(node)), key=rank):
             if self._could(node, copy, there):

@@ -467,7 +467,10 @@ class Machine:
         node = self._node(event.node, f"instance {event.report.state}")
         if node.state != "up":
             raise IllegalTransition(f"node {node.name} is {node.state}: event 'instance report' is not possible")
+        had = len(node.checkpoints)
         self.instances.take(node, event.report)
+        if len(node.checkpoints) > had:  # its start brought one
+            self.copies.seen((self.state.instances[event.report.instance].digest,))
 
     def _instance_stop_asked(self, event: ev.InstanceStopAsked) -> None:
         instance = self.state.instances.get(event.instance)

@@ -11,8 +11,8 @@ from sllm_faas.controller.copies import LIMIT, PATIENCE, RETRY, TRIES
 from sllm_faas.controller.state import FORGET_NODE, Machine
 from sllm_faas.controller.views import Views
 from sllm_faas.errors import ErrorInfo
-from sllm_faas.spec import AdapterSpec, CheckpointSpec
-from sllm_faas.wire.messages import Checked, Ingested, NodeStats
+from sllm_faas.spec import AdapterSpec, CheckpointSpec, Target
+from sllm_faas.wire.messages import Checked, Ingested, InstanceReport, NodeStats
 from tests.controller.fakes import app, llm
 from tests.controller.story import settle
 from tests.controller.world import DIGEST, ModelNode, World
@@ -98,6 +98,19 @@ def test_a_version_that_serves_is_brought_to_the_node_with_the_emptiest_disk():
     assert command.body.ahead
     settle(made)
     assert holders(made) == {"home", "far-1"}
+    assert not made.machine.state.copies
+
+
+def test_a_start_that_brings_it_to_another_place_is_enough():
+    made = deployed(cluster(9_000, 20_000))
+    made.feed(ev.NodeCordoned("home", True))
+    made.feed(ev.GatewayUp("g", "1"))
+    made.to_nodes.clear()  # a start is quicker than the copy
+    made.demand("g", Target("app", "chat", 1), 1)
+    (instance,) = made.machine.state.instances.values()
+    assert asked(made) == ["far-1"]
+    made.feed(ev.InstanceSeen(instance.node, InstanceReport(instance.id, 1, instance.target, "ready")))
+    assert holders(made) == {"home", instance.node}
     assert not made.machine.state.copies
 
 
