@@ -41,7 +41,7 @@ Runs = dict[tuple[float, str], list[Result]]
 @dataclass(frozen=True)
 class Setup:
     """A preset and how it is run: simulated seconds, policies, `seeds` for all and `many` for those that are compared
-    with each other. What a seed costs decides: all of it is to take ten minutes on two cores."""
+    with each other. What a seed costs decides: all of it is to take 25 minutes on two cores."""
 
     preset: str
     seconds: float
@@ -58,7 +58,7 @@ SETUPS = (
     Setup("paper", 600.0, tuple(POLICIES), 8, 48),
     Setup("paper-13b", 600.0, (*COMPARED, *BASELINES), 8, 32),
     Setup("paper-30b", 1800.0, (*COMPARED, *BASELINES), 8, 48),
-    Setup("paper-mixed", 600.0, (*COMPARED, *BASELINES), 4, 16),
+    Setup("paper-mixed", 600.0, (*COMPARED, *BASELINES), 4, 48),
 )
 
 
