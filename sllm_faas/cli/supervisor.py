@@ -135,7 +135,7 @@ class Supervisor:
             finally:
                 await self._shut_down()
         finally:
-            self.config.supervisor_path.unlink(missing_ok=True)
+            shutil.rmtree(self.config.run_dir, ignore_errors=True)  # made anew at the next start; it may lie in /tmp
             lock.release()
 
     def stop(self) -> None:

@@ -104,7 +104,7 @@ def test_up_starts_every_part_and_down_leaves_none(
     assert "nothing is left" in capsys.readouterr().out
     assert gone([record["pid"], *record["children"].values()])
     assert processes.holder(config) is None
-    assert not config.supervisor_path.exists()
+    assert not config.run_dir.exists()
 
 
 def test_secrets_are_the_owners_alone_and_the_token_is_kept(sllm: Sllm, config: Config) -> None:
