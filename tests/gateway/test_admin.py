@@ -125,6 +125,7 @@ async def test_a_node_that_is_gone_before_its_answer_is_here_has_left_as_it_was_
     answer = await gateway.http.post("/v1/nodes/node-0/restart", headers=ROOT)
     assert (answer.status_code, answer.json()) == (202, {"leaving": True})
     await gateway.invoker.until(lambda: len(gateway.invoker.got[Type.HELLO]) > before)
+    await gateway.invoker.granted()  # it is a node of this gateway again, for the tests that follow
 
 
 async def test_checkpoints_are_asked_of_every_invoker(gateway: Rig) -> None:
