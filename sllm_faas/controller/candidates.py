@@ -445,10 +445,11 @@ class Candidates:
     def _shortlist(self, need: Need, each: int = EACH) -> list[str]:
         found: dict[str, None] = {}
         warm = need.layered[-1] if len(need.layers) > 1 else NOWHERE
-        for names in (need.on_gpu, need.attached, need.resident, warm, need.holders):
+        mb = need.whole_mb
+        kinds = (need.on_gpu, mb), (need.attached, need.alone_mb), (need.resident, mb), (warm, mb), (need.holders, mb)
+        for names, needed in kinds:
             if names:
-                mb = need.alone_mb if names is need.attached else need.whole_mb
-                self._some(found, names, need.gpus, mb, each)
+                self._some(found, names, need.gpus, needed, each)
         for index in (self._free, self._reclaimable):
             for name in index.walk(need.gpus, need.whole_mb):
                 found[name] = None

@@ -174,11 +174,7 @@ def estimate(book: Mapping[str, float], calibrated: Mapping[str, float], start: 
 def making_seconds(book: Mapping[str, float], layers: Sequence[Layer], at_once: float = 1.0) -> float:
     """Of layers that follow each other, by a start that finds what the first of them is made from."""
     crowd = _crowd(at_once)
-    seconds = 0.0
-    for k, layer in enumerate(layers):
-        alone = _layer(book, layer, k == 0)
-        seconds += alone if crowd == 1 else _among(book, alone, crowd, layer.warmth)
-    return seconds
+    return sum([_among(book, _layer(book, layer, k == 0), crowd, layer.warmth) for k, layer in enumerate(layers)])
 
 
 def own_seconds(book: Mapping[str, float], function: str, libs: str, crowd: int) -> tuple[float, bool]:

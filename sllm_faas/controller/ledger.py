@@ -284,9 +284,7 @@ class Ledger:
             return False
         for name, instance in before.items():
             if name not in after:
-                instance.spare = None
-                _discard(self._spare, instance.node, name)
-                self.where.touch(instance.node)
+                self._unspare(instance)
         for name, instance in after.items():
             if name not in before:
                 if instance.spare is None:
@@ -305,11 +303,14 @@ class Ledger:
         mine = self._spare_of.get(key)
         if mine is None or instance.id not in mine:
             return False
-        instance.spare = None
         _discard(self._spare_of, key, instance.id)
+        self._unspare(instance)
+        return True
+
+    def _unspare(self, instance: Instance) -> None:
+        instance.spare = None
         _discard(self._spare, instance.node, instance.id)
         self.where.touch(instance.node)
-        return True
 
     def loading_on(self, node: str) -> Collection[Instance]:
         """Those that start there, in no order."""

@@ -138,8 +138,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def a_second_look_finds_nothing_to_do(self):
         if hasattr(self, "world"):
-            machine = Machine.restore(self.world.machine.snapshot(), migrate=True, copies=GOAL)
-            assert machine.snapshot() == self.world.machine.snapshot()
+            machine = self.world.restored()
             machine.validate()
             assert machine.handle(ev.Tick(), self.world.now) == []
             assert all(copy.tries <= TRIES for copy in machine.state.copies.values())

@@ -171,8 +171,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def a_second_look_finds_nothing_to_do(self):
         if hasattr(self, "world"):
-            machine = Machine.restore(self.world.machine.snapshot(), migrate=True, copies=2)
-            assert machine.snapshot() == self.world.machine.snapshot()
+            machine = self.world.restored()
             machine.ledger.dirty.update(machine.state.targets)
             commands = machine.handle(ev.Tick(), self.world.now)
             assert commands == [], f"looking again commands {commands}"

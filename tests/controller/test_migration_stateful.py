@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sllm_faas.controller import autoscale
 from sllm_faas.controller import commands as cmd
 from sllm_faas.controller import events as ev
-from sllm_faas.controller.state import Machine
 from sllm_faas.spec import Target
 from tests.controller.fakes import app, function, llm
 from tests.controller.world import ModelNode, World
@@ -121,7 +120,7 @@ class Moves(RuleBasedStateMachine):
     @invariant()
     def a_second_look_finds_nothing_to_do(self):
         if hasattr(self, "world"):
-            machine = Machine.restore(self.world.machine.snapshot(), migrate=True)
+            machine = self.world.restored()
             machine.ledger.dirty.update(machine.state.targets)
             commands = machine.handle(ev.Tick(), self.world.now)
             assert commands == [], f"looking again commands {commands}"

@@ -233,6 +233,13 @@ class World:
         """Commands of that kind so far."""
         return [command for command in self.commands if isinstance(command, kind)]
 
+    def restored(self) -> Machine:
+        """Another machine from what this one keeps; it keeps the same."""
+        kept = self.machine.snapshot()
+        other = Machine.restore(kept, migrate=True, copies=self.machine.copies.goal)
+        assert other.snapshot() == kept
+        return other
+
     def replayed(self) -> Machine:
         """Another machine that was told the same."""
         other = Machine("abc", migrate=True, copies=self.machine.copies.goal)
