@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import re
+import shutil
 import sys
 import time
 import urllib.request
@@ -16,20 +18,44 @@ from pathlib import Path
 
 from benchmarks.common import free_port, process
 
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)", re.ASCII)
+
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """With an ETag, as a store of objects gives one: what is fetched may be gone on with."""
+    """With an ETag and ranges, as a store of objects has them: what is fetched may be gone on with, and in pieces."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if wanted is None or not path.is_file() or self.headers.get("If-Range", tag := _tag(path)) != tag:
+            super().do_GET()
+            return
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start, end = int(wanted[1]), min(int(wanted[2]) + 1, size) if wanted[2] else size
+            self.send_response(206 if start < end else 416)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}" if start < end else f"bytes */{size}")
+            self.send_header("Content-Length", str(max(0, end - start)))
+            self.end_headers()
+            file.seek(start)
+            while start < end and (data := file.read(min(shutil.COPY_BUFSIZE, end - start))):
+                self.wfile.write(data)
+                start += len(data)
+
     def end_headers(self) -> None:
         with contextlib.suppress(OSError):
-            found = Path(self.translate_path(self.path)).stat()
-            self.send_header("ETag", f'"{found.st_size:x}-{found.st_mtime_ns:x}"')
+            self.send_header("ETag", _tag(Path(self.translate_path(self.path))))
         super().end_headers()
+
+
+def _tag(path: Path) -> str:
+    found = path.stat()
+    return f'"{found.st_size:x}-{found.st_mtime_ns:x}"'
 
 
 @contextlib.contextmanager
