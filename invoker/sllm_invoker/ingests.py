@@ -4,7 +4,7 @@ Ingest needs torch, which the invoker must not import: it runs as `python -m sll
 reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`). Where the
 disk is too full others leave for it (`room`), in that process: what is here is looked at, not remembered (`refresh`).
 Invariants: one ingest per source at a time, however many ask, and none that nobody waits for: what it had fetched by
-then is where the next one goes on (`remote.fetch`). What a killed invoker left running is ended by its next life.
+then is where the next one goes on (`fetch.fetch`). What a killed invoker left running is ended by its next life.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ import hashlib
 import re
 import select
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "model.safetensors"
 
@@ -18,8 +20,9 @@ WEIGHTS = "model.safetensors"
 class Server(ThreadingHTTPServer):
     """Serves `folder` under /bucket/model with ETags and ranges, and misbehaves as told. `cut` ends every answer of the
     weights after so many bytes; `claim` is a size of the weights that HEAD gives in place of the true one; `refuses` is
-    of ranges; `hold` has it wait there (`held`), until `go_on` or its client is gone (`left`); `asked` has (method,
-    name, range)."""
+    of ranges, `shift` is how far those are off that do not begin at 0; `hangs_up` has it close a connection when it has
+    answered, without a word; `busy` is how many requests are told to come again; `hold` has it wait there (`held`),
+    until `go_on` or its client is gone (`left`); `asked` has (method, name, range)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -33,6 +36,9 @@ class Server(ThreadingHTTPServer):
         self.tags = True
         self.ranges = True
         self.refuses = False
+        self.shift = 0
+        self.hangs_up = False
+        self.busy = 0
         self.redirect = ""
         self.asked: list[tuple[str, str, str]] = []
 
@@ -56,6 +62,10 @@ class Server(ThreadingHTTPServer):
             self.left.set()
             return False
         return True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # its client has left
+            super().handle_error(request, client_address)
 
     def server_close(self) -> None:
         self._go.close()  # whoever still waits goes on
@@ -102,33 +112,40 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        start, whole = 0, len(data)
+        if self.command == "GET" and name == WEIGHTS and self.server.busy:
+            self.server.busy -= 1
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start, end, whole = 0, len(data), len(data)
         if wanted and self.server.ranges and self.headers.get("If-Range", tag) == tag:
             match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
             assert match
-            assert not match[2] or int(match[2]) == whole - 1, "to the end"
-            start = int(match[1])
+            start, end = int(match[1]), int(match[2]) + 1 if match[2] else whole
+            assert end <= whole
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+            shift = self.server.shift if start else 0
+            self.send_header("Content-Range", f"bytes {start + shift}-{end - 1 + shift}/{whole}")
         else:
             self.send_response(200)
         if self.server.tags:
             self.send_header("ETag", tag)
         self.send_header("Last-Modified", "Sat, 21 Nov 2026 04:00:00 GMT")
         claimed = self.server.claim if name == WEIGHTS and self.command == "HEAD" else 0
-        self.send_header("Content-Length", str(claimed or whole - start))
+        self.send_header("Content-Length", str(claimed or end - start))
         self.end_headers()
         if self.command == "GET":
             cut = self.server.cut if name == WEIGHTS else 0
             hold = self.server.hold if name == WEIGHTS else 0
             if hold:
-                self.wfile.write(data[start : start + hold])
+                self.wfile.write(data[start : min(start + hold, end)])
                 if not self.server.wait_for(self.connection):
                     self.close_connection = True
                     return
                 start += hold
-            self.wfile.write(data[start : start + cut] if cut else data[start:])
-            self.close_connection = bool(cut)
+            self.wfile.write(data[start : min(start + cut, end) if cut else end])
+            self.close_connection = bool(cut) or self.server.hangs_up
 
 
 @contextlib.contextmanager

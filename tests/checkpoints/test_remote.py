@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sllm_invoker.checkpoints import fetch as fetch_module
 from sllm_invoker.checkpoints import remote as remote_module
 from sllm_invoker.checkpoints.ingest import ingest
-from sllm_invoker.checkpoints.remote import open_remote
+from sllm_invoker.checkpoints.remote import Entry, look, open_remote
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable, StorageFull
 from tests.checkpoints.model_server import WEIGHTS, Handler, Server, serving
@@ -20,7 +24,7 @@ from tests.checkpoints.model_server import WEIGHTS, Handler, Server, serving
 @pytest.fixture
 def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(remote_module.TRUSTED, "127.0.0.1")
-    monkeypatch.setattr(remote_module, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(fetch_module, "PAUSES", (0.0, 0.0, 0.0))
     with serving(source) as made:
         yield made
 
@@ -32,7 +36,7 @@ def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
         "AWS_ENDPOINT_URL": f"http://{server.address}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote_module, "_PIECE", 1)  # whatever has come is handed on
+    monkeypatch.setattr(remote_module, "_CHUNK", 1)  # whatever has come is handed on
     return "s3://bucket/model"
 
 
@@ -160,6 +164,152 @@ def test_a_full_disk_is_said_before_anything_is_fetched(store, server, monkeypat
     with pytest.raises(StorageFull, match="990 are free"):
         ingest(store, server.url, "far")
     assert server.weights_asked() == []
+
+
+# -- in pieces -----------------------------------------------------------------------------------------------
+
+PIECE = 16_000
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch, source: Path) -> list[str]:
+    """The ranges of the weights when pieces are small."""
+    monkeypatch.setattr(fetch_module, "PIECE", PIECE)
+    size = (source / WEIGHTS).stat().st_size
+    assert size > 8 * PIECE
+    ends = [min(start + PIECE, size) - 1 for start in range(0, size, PIECE)]
+    last = len(ends) - 1
+    return [f"bytes={number * PIECE}-{'' if number == last else end}" for number, end in enumerate(ends)]
+
+
+def test_a_large_file_comes_in_pieces_over_several_connections(store, server, source, url, pieces):
+    assert ingest(store, url, "far").digest == ingest(store, str(source), "local").digest
+    wanted = server.weights_asked()
+    assert sorted(wanted) == sorted(pieces)
+    assert wanted[0] == pieces[0], "it decides"
+
+
+def test_pieces_that_break_off_go_on_where_they_ended(store, server, source, url, pieces):
+    server.cut = 10_000
+    assert ingest(store, url, "far").digest == ingest(store, str(source), "local").digest
+    starts = sorted(int(each.removeprefix("bytes=").partition("-")[0]) for each in server.weights_asked())
+    size = (source / WEIGHTS).stat().st_size
+    firsts = range(0, size, PIECE)
+    assert starts == sorted([*firsts, *(start + 10_000 for start in firsts if start + 10_000 < size)])
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_server_without_ranges_or_tags_is_read_in_one_stream(store, server, source, pieces, tags):
+    server.ranges, server.tags = not tags, tags
+    assert ingest(store, server.url, "far").digest == ingest(store, str(source), "local").digest
+    assert server.weights_asked() == [pieces[0] if tags else ""]
+
+
+def test_one_stream_that_breaks_off_begins_anew_and_its_progress_does_not_go_back(
+    store, server, source, pieces, monkeypatch
+):
+    server.ranges, server.cut, answer, told = False, 30_000, Handler._answer, []
+
+    def more_each_time(self, wanted):
+        if self.command == "GET" and wanted:
+            server.cut += 30_000
+        answer(self, wanted)
+
+    monkeypatch.setattr(Handler, "_answer", more_each_time)
+    progress = lambda done, _total, stage: told.append(done) if stage == "fetch" else None  # noqa: E731
+    again = ingest(store, server.url, "far", progress=progress)
+    assert again.digest == ingest(store, str(source), "local").digest
+    assert len(server.weights_asked()) > 2
+    assert told == sorted(told)
+
+
+def test_pieces_of_content_that_changes_meanwhile_are_not_mixed(store, server, source, url, pieces, monkeypatch):
+    answer, path = Handler._answer, source / WEIGHTS
+    content = path.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+
+    def change(self, wanted):
+        if wanted and wanted != pieces[0]:
+            path.write_bytes(changed)
+        answer(self, wanted)
+
+    monkeypatch.setattr(Handler, "_answer", change)
+    with pytest.raises(CheckpointUnavailable, match=r"changed|cannot be read"):
+        ingest(store, url, "far")
+    assert not list((store.root / "objects").iterdir())
+    for left in (store.root / "downloads").glob(f"*/{WEIGHTS}"):
+        assert content.startswith(left.read_bytes())
+
+
+def test_another_piece_than_was_asked_for_is_refused(store, server, source, url, pieces):
+    server.shift = 1
+    with pytest.raises(CheckpointUnavailable, match=r"another range than was asked for|cannot be read"):
+        ingest(store, url, "far")
+    assert not list((store.root / "objects").iterdir())
+
+
+def test_a_connection_that_was_closed_between_two_pieces_is_made_again(store, server, source, pieces):
+    server.hangs_up = True
+    ingest(store, server.url, "far")
+    assert sorted(server.weights_asked()) == sorted(pieces)
+
+
+def test_a_server_that_is_busy_is_asked_again(store, server, source, pieces):
+    server.busy = 2
+    ingest(store, server.url, "far")
+    assert set(server.weights_asked()) == set(pieces)
+    assert len(server.weights_asked()) == len(pieces) + 2
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said_and_the_next_pull_goes_on(store, server, monkeypatch, pieces):
+    write, written = fetch_module._write, []
+
+    def full(file, data):
+        written.append(len(data))
+        if sum(written) > 60_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, data)
+
+    monkeypatch.setattr(fetch_module, "_write", full)
+    with pytest.raises(StorageFull, match="no space left"):
+        ingest(store, server.url, "far")
+    (left,) = (store.root / "downloads").glob(f"*/{WEIGHTS}")
+    size = left.stat().st_size
+    monkeypatch.setattr(fetch_module, "_write", write)
+    server.asked.clear()
+    ingest(store, server.url, "far")
+    assert server.weights_asked()[0].startswith(f"bytes={size}-" if size else "bytes=0-")
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """A source of every second name that is asked for, when so many are asked for at once."""
+
+    url = "https://models.example/m"
+
+    def __init__(self, at_once: int) -> None:
+        self.all_here = threading.Barrier(at_once, timeout=30)
+
+    def connect(self):
+        return contextlib.nullcontext(self)
+
+    def find(self, name: str) -> Entry | None:
+        self.all_here.wait()
+        if name.startswith("unreachable"):
+            raise CheckpointUnavailable(f"{name}.")
+        return Entry(name, 1, "") if int(name) % 2 else None
+
+
+def test_names_are_asked_for_at_the_same_time_and_told_in_their_order():
+    names = [str(number) for number in range(8, 0, -1)]
+    assert [entry.name for entry in look(Names(8), names)] == ["7", "5", "3", "1"]
+
+
+def test_the_first_name_that_cannot_be_asked_for_is_the_error():
+    with pytest.raises(CheckpointUnavailable, match="unreachable 1"):
+        look(Names(4), ["3", "unreachable 1", "unreachable 2", "4"])
 
 
 # -- refused -------------------------------------------------------------------------------------------------

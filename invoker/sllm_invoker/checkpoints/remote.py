@@ -1,47 +1,56 @@
-"""Models behind https:// and s3://: which files there are, and fetching them so that nothing is fetched twice.
+"""Models behind https:// and s3://: which files there are, and their bytes, from any byte to any other.
 
     listing = look(remote, names)           names, sizes and tags; nothing is downloaded
-    sums = fetch(remote, listing, folder)   files, hashed as they are written; what a killed fetch left is gone on with
+    with remote.connect() as connection, connection.open(entry, start, end) as answer: …
 
-A source is a folder that holds what a model directory holds; names are asked for, no listing is needed. A part is gone
-on with by a range request under the tag (ETag) it was begun with: a file that changed meanwhile is begun anew. An
-answer that ends early is asked again from there; one that ends there again and again is an error.
+A source is a folder that holds what a model directory holds; names are asked for, no listing is needed. A part of a
+file is asked for under the tag (ETag) that was listed: what has changed meanwhile is an error. `fetch` brings whole
+files.
 
 Covered: what a caller may name. https only, and no address that is not public — checked on the address that is
-connected to, on every redirect. `SLLM_TRUSTED_SOURCES` (hosts, comma separated) are exempt: there http and private
-addresses will do. Where s3:// leads is the operator's to say (`AWS_*`), buckets are the caller's. Not covered: a public
-host that answers slowly for ever.
+connected to, for every connection, on every redirect. `SLLM_TRUSTED_SOURCES` (hosts, comma separated) are exempt: there
+http and private addresses will do. Where s3:// leads is the operator's to say (`AWS_*`), buckets are the caller's. Not
+covered: a public host that answers slowly for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.client
 import ipaddress
 import os
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-import blake3
-import httpcore
+import certifi
 
 from sllm_faas.errors import BadSpec, CheckpointIncomplete, CheckpointUnavailable
-from sllm_invoker.checkpoints.object import Progress, chunks_of, file_digest, first_line
+from sllm_invoker.checkpoints.object import first_line
 
 TRUSTED = "SLLM_TRUSTED_SOURCES"
-PAUSES = (0.5, 2.0, 5.0)
-"""Seconds before an answer that brought nothing new is asked for again."""
-_TIMEOUT = {"connect": 20.0, "read": 60.0, "write": 20.0, "pool": 20.0}
+_CONNECT_S, _ANSWER_S = 20.0, 60.0
+"""Seconds that a connection may take, and that an answer may say nothing."""
+_CONNECT_PAUSES = (0.0, 0.5)
+"""Seconds before a host that cannot be reached is tried again."""
 _REDIRECTS = 5
-_RANGE = re.compile(rb"bytes (\d+)-\d+/(\d+)")
+_BUSY = (429, 503)
+"""A server says so that it will answer later: to one of several connections, say."""
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
+_NAMES_AT_ONCE = 8
+_AS_IT_IS = "%/:@!$&'()*+,;=~"
+"""Not quoted in a path: it is a URL's already."""
+_GULP = 64 * 1024
 _SMALL = 64 * 1024 * 1024
-_PIECE = 4 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
+"""Bytes that obstore gathers before it hands them on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +64,32 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The content of a file from byte `start` on."""
+    """Bytes `start` to `end` of a file, or as many as come. `read` puts some that have come at the beginning of the
+    memory it is given and says how many; 0 at the end. It raises ConnectionError when the answer breaks off."""
 
     start: int
-    chunks: Iterator[bytes]
+    end: int
+    read: Callable[[memoryview], int]
+
+
+class Connection(Protocol):
+    """For one thread, and one answer at a time; `abort` is for other threads."""
+
+    def find(self, name: str) -> Entry | None:
+        """None where there is no such file. Raises CheckpointUnavailable, BadSpec."""
+
+    def open(self, entry: Entry, start: int, end: int) -> contextlib.AbstractContextManager[Answer]:
+        """Bytes `start` to `end`, or all from 0 on where the server cannot. Raises ConnectionError where it will answer
+        later, CheckpointUnavailable, also when the content is not that of the entry's tag any more."""
+
+    def abort(self) -> None:
+        """End what it is waiting for, where that can be done."""
 
 
 class Remote(Protocol):
     url: str
 
-    def find(self, name: str) -> Entry | None:
-        """None where there is no such file. Raises CheckpointUnavailable, BadSpec."""
-
-    def open(self, entry: Entry, start: int) -> contextlib.AbstractContextManager[Answer]:
-        """From byte `start` on, or from 0 where the server cannot. Chunks raise ConnectionError when the answer breaks
-        off. Raises CheckpointUnavailable, also when the content is not that of the entry's tag any more."""
+    def connect(self) -> contextlib.AbstractContextManager[Connection]: ...
 
 
 def open_remote(url: str) -> Remote:
@@ -89,86 +109,30 @@ def open_remote(url: str) -> Remote:
 
 
 def look(remote: Remote, names: Iterable[str]) -> tuple[Entry, ...]:
-    """Those of `names` that there are. Raises CheckpointUnavailable."""
-    return tuple(entry for name in names if (entry := remote.find(name)) is not None)
+    """Those of `names` that there are, in their order. Raises CheckpointUnavailable."""
+
+    def find(name: str) -> Entry | None:
+        with remote.connect() as connection:
+            return connection.find(name)
+
+    with ThreadPoolExecutor(_NAMES_AT_ONCE, "look") as threads:
+        return tuple(entry for entry in threads.map(find, names) if entry is not None)
 
 
 def read_small(remote: Remote, entry: Entry) -> bytes:
     """The content of a small file: an index, say. Raises CheckpointUnavailable, CheckpointIncomplete."""
     if entry.bytes > _SMALL:
         raise BadSpec(f"{remote.url}/{entry.name} has {entry.bytes} bytes; allowed: {_SMALL}.", param="source")
+    content, done = bytearray(entry.bytes + 1), 0
     try:
-        with remote.open(entry, 0) as answer:
-            content = b"".join(answer.chunks)
+        with remote.connect() as connection, connection.open(entry, 0, entry.bytes) as answer:
+            while count := answer.read(memoryview(content)[done:]):
+                done += count
     except ConnectionError as error:
         raise CheckpointUnavailable(f"{remote.url}/{entry.name} cannot be read: {error}.") from error
-    if len(content) != entry.bytes:
-        raise CheckpointIncomplete(f"{remote.url}/{entry.name} ended after {len(content)} of {entry.bytes} bytes.")
-    return content
-
-
-def fetch(remote: Remote, listing: tuple[Entry, ...], folder: Path, report: Progress) -> dict[str, str]:
-    """Have the files in `folder`, which is for this listing alone; name → blake3. There is room for them (`room`).
-
-    Raises CheckpointUnavailable, CheckpointIncomplete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    total = sum(entry.bytes for entry in listing)
-    sums, before = {}, 0
-    for entry in listing:
-        sums[entry.name] = _fetch(remote, entry, folder, partial(_report, report, before, total))
-        before += entry.bytes
-    return sums
-
-
-def _fetch(remote: Remote, entry: Entry, folder: Path, report: Callable[[int], None]) -> str:
-    """One file, under another name until it is whole. Returns its blake3."""
-    whole, part = folder / entry.name, folder / f"{entry.name}@part"
-    if whole.exists():
-        report(entry.bytes)
-        return file_digest(whole)
-    part.touch()
-    hasher, done, failures = _hashed(part), part.stat().st_size, 0
-    while done < entry.bytes:
-        reached, reason = done, "the answer ended"
-        try:
-            with remote.open(entry, done) as answer, part.open("r+b", buffering=0) as file:
-                if answer.start != done:
-                    hasher, done = blake3.blake3(), 0
-                    file.truncate(0)
-                file.seek(done)
-                for chunk in answer.chunks:
-                    file.write(chunk)
-                    hasher.update(chunk)
-                    done += len(chunk)
-                    report(done)
-        except ConnectionError as error:
-            reason = str(error) or type(error).__name__
-        if done > entry.bytes:
-            part.unlink()
-            raise CheckpointIncomplete(f"{remote.url}/{entry.name} gave more than its {entry.bytes} bytes.")
-        if done < entry.bytes:
-            failures = 0 if done > reached else failures + 1
-            if failures == len(PAUSES):
-                raise CheckpointIncomplete(
-                    f"{remote.url}/{entry.name} broke off after {done} of {entry.bytes} bytes: {reason}.",
-                    hint="Pull again: it goes on from there.",
-                )
-            time.sleep(PAUSES[failures])
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    part.rename(whole)
-    return str(hasher.hexdigest())
-
-
-def _report(report: Progress, before: int, total: int, done: int) -> None:
-    report(before + done, total, "fetch")
-
-
-def _hashed(path: Path) -> Any:
-    hasher = blake3.blake3()
-    for chunk in chunks_of(path):
-        hasher.update(chunk)
-    return hasher
+    if done != entry.bytes:
+        raise CheckpointIncomplete(f"{remote.url}/{entry.name} ended after {done} of {entry.bytes} bytes.")
+    return bytes(content[:done])
 
 
 # -- https ---------------------------------------------------------------------------------------------------
@@ -178,32 +142,15 @@ def _trusted(host: str) -> bool:
     return host in [each.strip() for each in os.environ.get(TRUSTED, "").split(",")]
 
 
-class _PublicOnly(httpcore.NetworkBackend):
-    """Connects to public addresses only; to the very address that was checked, whatever the name says next."""
-
-    def __init__(self) -> None:
-        self._backend = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Any = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise httpcore.ConnectError(f"{host} is not known: {error.strerror}") from None
-        address = str(found[0][4][0])
-        if not _trusted(host) and not all(_is_public(str(each[4][0])) for each in found):
-            raise BadSpec(
-                f"{host} has an address that is not public, {address}; a source may not.",
-                hint=f"The operator can allow it: {TRUSTED}={host}",
-                param="source",
-            )
-        return self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+def _allowed(url: str) -> SplitResult:
+    """Raises BadSpec for what may not be asked for."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and _trusted(parts.hostname or "")):
+        raise BadSpec(f"{parts.scheme}://{parts.hostname} is not https.", param="source")
+    with contextlib.suppress(ValueError):  # a port that is none
+        if parts.hostname and parts.port != 0:
+            return parts
+    raise BadSpec(f"{parts.scheme}://{parts.hostname} has no host, or a port that is none.", param="source")
 
 
 def _is_public(address: str) -> bool:
@@ -212,78 +159,209 @@ def _is_public(address: str) -> bool:
     return (mapped or parsed).is_global and not parsed.is_multicast
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Line(http.client.HTTPConnection):
+    """To one host. Connects to public addresses only; to the very address that was checked, whatever the name says
+    next. Stays open between requests."""
+
+    def __init__(self, scheme: str, host: str, port: int) -> None:
+        self.default_port = 443 if scheme == "https" else 80
+        super().__init__(host, port or self.default_port)
+        self._secure = scheme == "https"
+        self._socket: socket.socket | None = None
+        self._aborted = False
+
+    def connect(self) -> None:
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        address = str(found[0][4][0])
+        if not _trusted(self.host) and not all(_is_public(str(each[4][0])) for each in found):
+            raise BadSpec(
+                f"{self.host} has an address that is not public, {address}; a source may not.",
+                hint=f"The operator can allow it: {TRUSTED}={self.host}",
+                param="source",
+            )
+        made = self._reach(address)
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._secure:
+                made = _tls().wrap_socket(made, do_handshake_on_connect=False, server_hostname=self.host)
+            self._socket = made
+            if self._aborted:
+                raise ConnectionAbortedError("it was ended")
+            if isinstance(made, ssl.SSLSocket):
+                made.do_handshake()
+            made.settimeout(_ANSWER_S)
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
+
+    def _reach(self, address: str) -> socket.socket:
+        for pause in _CONNECT_PAUSES:
+            with contextlib.suppress(OSError):
+                return socket.create_connection((address, self.port), _CONNECT_S)
+            time.sleep(pause)
+        return socket.create_connection((address, self.port), _CONNECT_S)
+
+    def ask(self, method: str, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        """Raises OSError, HTTPException, BadSpec."""
+        used = self.sock is not None
+        try:
+            self.request(method, target, headers=headers)
+            return self.getresponse()
+        except BaseException as error:
+            self.close()
+            if not used or not isinstance(error, ConnectionError):
+                raise
+        return self.ask(method, target, headers)  # it was closed while nothing was asked of it
+
+    def abort(self) -> None:
+        """From any thread: whoever waits for an answer is told that it has ended."""
+        self._aborted = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # below TLS, which another thread may be in
+
+
+class _Body:
+    """The content of a response, straight into the reader's memory where its length is known."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self._response = response
+        self._left = response.length  # None where it is in chunks, or ends with the connection
+        self._begun = False
+
+    @property
+    def over(self) -> bool:
+        """Nothing of it is left on the connection."""
+        return self._left == 0 or (self._left is None and self._response.isclosed())
+
+    def read(self, memory: memoryview) -> int:
+        """See Answer."""
+        if self._left == 0:
+            return 0
+        try:
+            if self._left is None or not self._begun:
+                self._begun = True
+                data = self._response.read1(min(len(memory), _GULP))  # what came in one with the header, at first
+                count = len(data)
+                memory[:count] = data
+            else:
+                count = self._response.fp.readinto1(memory[: self._left])
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(str(error) or type(error).__name__) from error
+        if self._left is not None:
+            self._left -= count
+        return count
+
+
 class _Https:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._pool = httpcore.ConnectionPool(network_backend=_PublicOnly(), retries=2, max_keepalive_connections=0)
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[Connection]:
+        with contextlib.closing(_HttpsConnection(self.url)) as made:
+            yield made
+
+
+class _HttpsConnection:
+    """To the host of a folder and to those that it redirects to."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._lines: dict[tuple[str, str, int], _Line] = {}
+        self._aborted = False
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            line.close()
+
+    def abort(self) -> None:
+        self._aborted = True
+        for line in list(self._lines.values()):
+            line.abort()
 
     def find(self, name: str) -> Entry | None:
-        with self._ask("HEAD", name, {}) as response:
+        with self._ask("HEAD", name, {}) as (response, _):
             if response.status in (403, 404, 410):
                 return None
             if response.status in (405, 501):
-                raise CheckpointUnavailable(f"{self.url} does not answer HEAD requests.")
+                raise CheckpointUnavailable(f"{self._url} does not answer HEAD requests.")
             self._expect(response, name, 200)
-            headers = _headers(response)
-            if not headers.get(b"content-length", b"").isdigit():
-                raise CheckpointUnavailable(f"{self.url}/{name} does not tell its size.")
-            return Entry(name, int(headers[b"content-length"]), _strong(headers))
+            size = response.headers.get("Content-Length", "")
+            if not (size.isascii() and size.isdigit()):
+                raise CheckpointUnavailable(f"{self._url}/{name} does not tell its size.")
+            return Entry(name, int(size), _strong(response))
 
     @contextlib.contextmanager
-    def open(self, entry: Entry, start: int) -> Iterator[Answer]:
-        asked: dict[bytes | str, bytes | str] = (
-            {"Range": f"bytes={start}-", "If-Range": entry.tag} if start and entry.tag else {}
-        )
-        with self._ask("GET", entry.name, asked) as response:
+    def open(self, entry: Entry, start: int, end: int) -> Iterator[Answer]:
+        asked = {}
+        if entry.tag and (start or end < entry.bytes):
+            last = str(end - 1) if end < entry.bytes else ""
+            asked = {"Range": f"bytes={start}-{last}", "If-Range": entry.tag}
+        with self._ask("GET", entry.name, asked) as (response, body):
+            if response.status in _BUSY:
+                raise ConnectionError(f"it answers with status {response.status}")
             self._expect(response, entry.name, 206 if asked else 200, 200)
-            headers = _headers(response)
-            begun = 0
+            begun, ended = 0, entry.bytes
             if response.status == 206:
-                match = _RANGE.fullmatch(headers.get(b"content-range", b""))
-                if match is None or int(match[1]) != start or int(match[2]) != entry.bytes:
-                    raise CheckpointUnavailable(f"{self.url}/{entry.name} answered another range than was asked for.")
-                begun = start
-            if entry.tag and _strong(headers) != entry.tag:
-                raise CheckpointUnavailable(f"{self.url}/{entry.name} has changed while it was fetched.")
-            yield Answer(begun, self._chunks(response))
-
-    def _chunks(self, response: httpcore.Response) -> Iterator[bytes]:
-        try:
-            yield from response.iter_stream()
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            raise ConnectionError(str(error) or type(error).__name__) from error
+                match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+                begun, ended, whole = (int(match[1]), int(match[2]) + 1, int(match[3])) if match else (-1, -1, -1)
+                if (begun, whole) != (start, entry.bytes) or not start < ended <= end:  # a shorter one may be given
+                    raise CheckpointUnavailable(f"{self._url}/{entry.name} answered another range than was asked for.")
+            if entry.tag and _strong(response) != entry.tag:
+                raise CheckpointUnavailable(f"{self._url}/{entry.name} has changed while it was fetched.")
+            yield Answer(begun, ended, body.read)
 
     @contextlib.contextmanager
-    def _ask(self, method: str, name: str, more: dict[bytes | str, bytes | str]) -> Iterator[httpcore.Response]:
-        url = f"{self.url}/{quote(name)}"
-        headers: dict[bytes | str, bytes | str] = {"User-Agent": "sllm-faas", "Accept-Encoding": "identity", **more}
+    def _ask(self, method: str, name: str, more: dict[str, str]) -> Iterator[tuple[http.client.HTTPResponse, _Body]]:
+        url = f"{self._url}/{quote(name)}"
+        headers = {"User-Agent": "sllm-faas", "Accept-Encoding": "identity", **more}
         for _ in range(_REDIRECTS):
-            parts = urlsplit(url)
-            if parts.scheme != "https" and not (parts.scheme == "http" and _trusted(parts.hostname or "")):
-                raise BadSpec(f"{parts.scheme}://{parts.hostname} is not https.", param="source")
+            parts = _allowed(url)
+            target = quote(parts.path or "/", safe=_AS_IT_IS) + (f"?{parts.query}" if parts.query else "")
+            line = self._line(parts)
             try:
-                with self._pool.stream(method, url, headers=headers, extensions={"timeout": _TIMEOUT}) as response:
-                    if response.status not in (301, 302, 303, 307, 308):
-                        yield response
-                        return
-                    url = urljoin(url, _headers(response).get(b"location", b"").decode("ascii", "replace"))
-            except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+                response = line.ask(method, target, headers)
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 reason = str(error) or type(error).__name__
                 raise CheckpointUnavailable(f"{parts.hostname} cannot be reached: {reason}.") from error
-        raise CheckpointUnavailable(f"{self.url}/{name} redirects more than {_REDIRECTS} times.")
+            body = _Body(response)
+            try:
+                if response.status not in (301, 302, 303, 307, 308):
+                    yield response, body
+                    return
+                url = urljoin(url, response.headers.get("Location", ""))
+            finally:
+                if not body.over:
+                    line.close()  # with what is left of the answer
+                response.close()
+        raise CheckpointUnavailable(f"{self._url}/{name} redirects more than {_REDIRECTS} times.")
 
-    def _expect(self, response: httpcore.Response, name: str, *allowed: int) -> None:
+    def _line(self, parts: SplitResult) -> _Line:
+        key = (parts.scheme, parts.hostname or "", parts.port or 0)
+        if key not in self._lines:
+            self._lines[key] = _Line(*key)
+        if self._aborted:
+            self._lines[key].abort()
+        return self._lines[key]
+
+    def _expect(self, response: http.client.HTTPResponse, name: str, *allowed: int) -> None:
         if response.status not in allowed:
-            raise CheckpointUnavailable(f"{self.url}/{name} answers with status {response.status}.")
+            raise CheckpointUnavailable(f"{self._url}/{name} answers with status {response.status}.")
 
 
-def _headers(response: httpcore.Response) -> dict[bytes, bytes]:
-    return {name.lower(): value for name, value in response.headers}
-
-
-def _strong(headers: dict[bytes, bytes]) -> str:
+def _strong(response: http.client.HTTPResponse) -> str:
     """The ETag, unless it is a weak one, under which ranges may not be joined."""
-    tag = headers.get(b"etag", b"").decode("latin-1")
+    tag = response.headers.get("ETag", "")
     return "" if tag.startswith("W/") else tag
 
 
@@ -291,7 +369,8 @@ def _strong(headers: dict[bytes, bytes]) -> str:
 
 
 class _S3:
-    """By obstore: credentials, region and endpoint from `AWS_*`; anonymous where there are none."""
+    """By obstore: credentials, region and endpoint from `AWS_*`; anonymous where there are none. It has its own pool of
+    connections, and its own limits of time."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -302,6 +381,12 @@ class _S3:
         keys = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
         anonymous = not any(os.environ.get(key) for key in keys)
         self._store: Any = S3Store.from_url(self.url, config={"skip_signature": anonymous})
+
+    def connect(self) -> contextlib.AbstractContextManager[Connection]:
+        return contextlib.nullcontext(self)
+
+    def abort(self) -> None:
+        """What it waits for ends by itself."""
 
     def find(self, name: str) -> Entry | None:
         import obstore
@@ -315,21 +400,35 @@ class _S3:
         return Entry(name, int(found["size"]), found.get("e_tag") or "")
 
     @contextlib.contextmanager
-    def open(self, entry: Entry, start: int) -> Iterator[Answer]:
+    def open(self, entry: Entry, start: int, end: int) -> Iterator[Answer]:
         import obstore
 
-        options: Any = {"range": {"offset": start}} if start else {}
-        if entry.tag:
-            options["if_match"] = entry.tag
+        options: Any = {"if_match": entry.tag} if entry.tag else {}
+        if end < entry.bytes:
+            options["range"] = (start, end)
+        elif start:
+            options["range"] = {"offset": start}
         try:
-            found = obstore.get(self._store, entry.name, options=options)
+            found = obstore.get(self._store, entry.name, options=options)  # refuses another range than was asked for
         except Exception as error:
             raise CheckpointUnavailable(f"{self.url}/{entry.name} cannot be read: {first_line(error)}.") from error
-        yield Answer(start, self._chunks(found))
+        yield Answer(start, end, _S3Body(found).read)
 
-    def _chunks(self, found: Any) -> Iterator[bytes]:
+
+class _S3Body:
+    def __init__(self, found: Any) -> None:
+        self._chunks = found.stream(min_chunk_size=_CHUNK)
+        self._chunk = memoryview(b"")
+
+    def read(self, memory: memoryview) -> int:
+        """See Answer."""
         try:
-            for chunk in found.stream(min_chunk_size=_PIECE):
-                yield bytes(chunk)
+            while not self._chunk:
+                self._chunk = memoryview(next(self._chunks))
+        except StopIteration:
+            return 0
         except Exception as error:
             raise ConnectionError(first_line(error)) from error
+        count = min(len(memory), len(self._chunk))
+        memory[:count], self._chunk = self._chunk[:count], self._chunk[count:]
+        return count

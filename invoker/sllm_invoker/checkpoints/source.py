@@ -18,6 +18,7 @@ from pathlib import Path
 import blake3
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, CheckpointUnavailable, StorageFull
+from sllm_invoker.checkpoints.fetch import fetch
 from sllm_invoker.checkpoints.object import (
     DTYPE_BYTES,
     LAYOUT_VERSION,
@@ -26,7 +27,7 @@ from sllm_invoker.checkpoints.object import (
     first_line,
     read_header,
 )
-from sllm_invoker.checkpoints.remote import Entry, Remote, fetch, look, open_remote, read_small
+from sllm_invoker.checkpoints.remote import Entry, Remote, look, open_remote, read_small
 from sllm_invoker.checkpoints.store import is_full
 
 _SIDE_FILES = (
