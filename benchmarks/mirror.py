@@ -58,6 +58,10 @@ def _tag(path: Path) -> str:
     return f'"{found.st_size:x}-{found.st_mtime_ns:x}"'
 
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # of connections at the same time; one too many waits a second
+
+
 @contextlib.contextmanager
 def mirror(folder: Path) -> Iterator[str]:
     """Its URL."""
@@ -85,4 +89,4 @@ def rate(url: str) -> float:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+    Server(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

@@ -24,6 +24,8 @@ class Server(ThreadingHTTPServer):
     answered, without a word; `busy` is how many requests are told to come again; `hold` has it wait there (`held`),
     until `go_on` or its client is gone (`left`); `asked` has (method, name, range)."""
 
+    request_queue_size = 128
+
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
