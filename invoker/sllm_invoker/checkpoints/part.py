@@ -8,6 +8,7 @@ each aligned by `__pad__` entries. Not here: the manifest around it (`ingest`) a
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from sllm_invoker.checkpoints.object import (
     TensorKind,
     part_names,
 )
+from sllm_invoker.checkpoints.writer import AT_ONCE, DirectWriter
 
 if TYPE_CHECKING:
     import torch
@@ -148,13 +150,14 @@ def write_part(
     raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
 
     total = 8 + len(raw) + at
-    writer = _HashingWriter(path, total, report, memory(total))
-    with writer:
+    with DirectWriter(path) as file:
+        writer = _HashingWriter(file, total, report, memory(total))
         writer.write(memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in names:
             if name in pads:
                 writer.write(memoryview(bytes(pads[name])))
             writer.write(_raw_bytes(tensors[name][1]))
+        writer.end()
     return Part(
         name=path.name,
         bytes=writer.done,
@@ -197,42 +200,43 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class _HashingWriter:
-    """Writes a file and sums it: blake3 of the whole, xxh3-64 of each chunk. Where there is memory for it, what is
-    summed and written is what has come to lie there."""
+    """Gathers chunks, sums them and has them written: blake3 of the whole, xxh3-64 of each. A chunk is gathered where it
+    stays, if there is memory for all, and summed and written from there; else in one of a few buffers."""
 
-    def __init__(self, path: Path, total: int, report: Progress, memory: Sequence[memoryview]) -> None:
-        self._file = path.open("wb")
-        self._total, self._report, self._memory = total, report, memory
-        self._chunk = xxhash.xxh3_64()
+    def __init__(self, file: DirectWriter, total: int, report: Progress, memory: Sequence[memoryview]) -> None:
+        self._file, self._total, self._report, self._memory = file, total, report, memory
+        self._buffers = [] if memory else [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(1 + AT_ONCE)]
+        self._gathered = 0
         self.whole = blake3.blake3()
         self.chunks: list[str] = []
         self.done = 0
 
-    def __enter__(self) -> _HashingWriter:
-        return self
-
     def write(self, data: memoryview) -> None:
         while data.nbytes:
-            room = CHUNK_BYTES - self.done % CHUNK_BYTES
-            piece, data = data[:room], data[room:]
-            if self._memory:
-                index, at = divmod(self.done, len(self._memory[0]))
-                copy = self._memory[index][at : at + piece.nbytes]
-                copy[:] = piece
-                piece = copy
-            self._file.write(piece)
-            self.whole.update(piece)
-            self._chunk.update(piece)
+            chunk = self._chunk()
+            piece, data = data[: chunk.nbytes - self._gathered], data[chunk.nbytes - self._gathered :]
+            chunk[self._gathered : self._gathered + piece.nbytes] = piece
+            self._gathered += piece.nbytes
             self.done += piece.nbytes
-            if self.done % CHUNK_BYTES == 0:
+            if self._gathered == chunk.nbytes:
                 self._end_chunk()
             self._report(self.done, self._total, "write")
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self.done % CHUNK_BYTES:
+    def end(self) -> None:
+        """No more comes."""
+        if self._gathered:
             self._end_chunk()
 
+    def _chunk(self) -> memoryview:
+        """Where the one lies that is gathered now."""
+        number = len(self.chunks)
+        if self._buffers:
+            return self._buffers[number % len(self._buffers)]
+        index, at = divmod(number * CHUNK_BYTES, len(self._memory[0]))
+        return self._memory[index][at : at + CHUNK_BYTES]
+
     def _end_chunk(self) -> None:
-        self.chunks.append(self._chunk.hexdigest())
-        self._chunk = xxhash.xxh3_64()
+        chunk, self._gathered = self._chunk()[: self._gathered], 0
+        self._file.write(chunk)  # first: the disk is busy while it is summed
+        self.chunks.append(xxhash.xxh3_64_hexdigest(chunk))
+        self.whole.update(chunk)

@@ -4,7 +4,7 @@
     <root>/refs/<name>          a name for a digest ("/" in a name is kept as a folder)
     <root>/pins/<digest>        present: not to be removed or evicted
     <root>/sources/             what was ingested before, so that the same source is recognised
-    <root>/verified/<digest>    present: every byte was checked here, with the file's stat at that time
+    <root>/verified/<digest>    present: every byte was written or checked here; the files' stat at that time
     <root>/tmp/                 ingests under way; each holds a lock on its directory
     <root>/rooms/               bytes that were promised to ingests under way; each holds a lock on its file
     <root>/usage.json           how often each object was used, and what its source is (`usage`)
@@ -203,11 +203,10 @@ class CheckpointStore:
         """Read and check every byte. Raises CheckpointCorrupt; remembers success for `ensure_verified`."""
         with contextlib.closing(self.use(self.resolve(ref))):
             checkpoint = self.get(ref)
-            mark = self.root / "verified" / checkpoint.digest
-            mark.unlink(missing_ok=True)
+            (self.root / "verified" / checkpoint.digest).unlink(missing_ok=True)
             before = _stat_line(checkpoint)
             verify_object(checkpoint, progress)
-            write_atomically(mark, before)
+            self._mark(checkpoint.digest, before)
         return checkpoint
 
     def ensure_verified(self, ref: str, progress: Progress | None = None) -> CheckpointObject:
@@ -221,6 +220,9 @@ class CheckpointStore:
             return (self.root / "verified" / checkpoint.digest).read_text() == _stat_line(checkpoint)
         except FileNotFoundError:
             return False
+
+    def _mark(self, digest: str, stat: str) -> None:
+        write_atomically(self.root / "verified" / digest, stat)
 
     # -- for ingest ------------------------------------------------------------------------------------------
 
@@ -241,12 +243,16 @@ class CheckpointStore:
 
     def finish(self, directory: Path, manifest: Manifest) -> bool:
         """Make an object of a workspace with all its files in it: write its manifest, have the disk keep everything,
-        rename it to objects/<digest>. False when somebody was first."""
+        rename it to objects/<digest>. It counts as verified: its sums are those of the bytes as they were written. False
+        when somebody was first."""
         write_manifest(directory, manifest)
         for path in directory.iterdir():
             _sync_and_seal(path)
         sync_directory(directory)
-        return self._adopt(directory, manifest.digest)
+        if not self._adopt(directory, manifest.digest):
+            return False
+        self._mark(manifest.digest, _stat_line(CheckpointObject(self.path(manifest.digest), manifest)))
+        return True
 
     def _adopt(self, directory: Path, digest: str) -> bool:
         try:
