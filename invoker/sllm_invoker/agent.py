@@ -110,8 +110,7 @@ class Agent:
         self.book = LogBook(config.logs_dir, name)
         self.ingests = Ingests(
             CheckpointStore(config.checkpoints_dir),
-            self._tree,
-            self.directory,
+            self.runtime,
             feed=lambda: self.tier.feed(),
             limit=config.disk_mb << 20,
             changed=self._look,

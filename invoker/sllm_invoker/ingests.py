@@ -1,10 +1,11 @@
 """Checkpoints on this node: present or brought here by an ingest process of its own.
 
-Ingest needs torch, which the invoker must not import: it runs as `python -m sllm_invoker.checkpoints.ingest` and
-reports JSON lines. What it writes it forwards to the DRAM tier, through a channel that it is given (`feed`). Where the
-disk is too full others leave for it (`room`), in that process: what is here is looked at, not remembered (`refresh`).
+Ingest needs torch, which the invoker must not import: it is forked from the warmest process that there is, with torch
+imported or without, and reports JSON lines (`checkpoints/ingest.py`). What it writes it forwards to the DRAM tier,
+through a channel that it is given (`feed`). Where the disk is too full others leave for it (`room`), in that process:
+what is here is looked at, not remembered (`refresh`).
 Invariants: one ingest per source at a time, however many ask, and none that nobody waits for: what it had fetched by
-then is where the next one goes on (`fetch.fetch`). What a killed invoker left running is ended by its next life.
+then is where the next one goes on (`fetch.fetch`). An ingest ends with its invoker, as whatever is forked does.
 """
 
 from __future__ import annotations
@@ -12,12 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +24,17 @@ import msgspec
 
 from sllm_faas import logging
 from sllm_faas.errors import BadSpec, CheckpointError, CheckpointUnavailable, ErrorInfo, from_info
-from sllm_faas.spec import CheckpointSpec
+from sllm_faas.spec import CheckpointSpec, FunctionSpec
 from sllm_invoker.checkpoints import usage
 from sllm_invoker.checkpoints.object import CheckpointObject, read_manifest
 from sllm_invoker.checkpoints.room import stays
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checkpoints.usage import Asked
-from sllm_invoker.containers.tree import Tree
+from sllm_invoker.containers.base import ContainerSpec, Event, Exited, Runtime
 
+ENTRY = "sllm_invoker.checkpoints.ingest:run"
+MODELS = FunctionSpec("ingest", kind="llm", checkpoint=CheckpointSpec("any"))
+"""What starts with the libraries that an ingest needs."""
 Report = Callable[[str, int, int], None]
 """(stage, done, total)."""
 
@@ -58,12 +58,37 @@ class _Flight:
                     raise
 
 
+class _Heard:
+    """What an ingest says, as events of its process. `answer` is its last line, or `{"ended": Exited}`."""
+
+    def __init__(self, said: Callable[[dict[str, Any]], None]) -> None:
+        self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._said = said
+        self._rest = b""
+
+    def __call__(self, event: Event) -> None:
+        if self.answer.done():
+            return
+        if isinstance(event, Exited):
+            self.answer.set_result({"ended": event})
+        elif event.stream == "stdout":
+            *lines, self._rest = (self._rest + event.data).split(b"\n")
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self._line(json.loads(line))
+
+    def _line(self, line: dict[str, Any]) -> None:
+        if "stage" in line or "evicted" in line:
+            self._said(line)
+        elif not self.answer.done():
+            self.answer.set_result(line)
+
+
 class Ingests:
     def __init__(
         self,
         store: CheckpointStore,
-        tree: Tree,
-        scratch: Path,
+        runtime: Runtime,
         *,
         feed: Callable[[], socket.socket | None] = lambda: None,
         limit: int = 0,
@@ -72,8 +97,7 @@ class Ingests:
         """`limit`: bytes that all checkpoints of the store may take, 0: what the disk has. `changed` is called when one
         came or left by what is done here."""
         self.store = store
-        self._tree = tree
-        self._scratch = scratch
+        self._runtime = runtime
         self._feed = feed
         self._limit = limit
         self._changed = changed
@@ -82,6 +106,7 @@ class Ingests:
         self.here: set[str] = set()
         """Digests of what is on this node, by the last `refresh`; those that cannot be read are left out."""
         self._running: dict[Asked, _Flight] = {}
+        self._count = 0
         self._verified: dict[str, CheckpointObject] = {}
         """Objects that were found verified, by digest."""
 
@@ -189,58 +214,41 @@ class Ingests:
             del self._running[asked]
 
     async def _ingest(self, asked: Asked, name: str, reports: list[Report], *, forward: bool, ahead: bool) -> str:
-        command = [sys.executable, "-P", "-m", "sllm_invoker.checkpoints.ingest", "--root", str(self.store.root)]
-        command += ["--source", asked.source, "--name", name]
-        command += ["--revision", asked.revision, "--dtype", asked.dtype, "--base", asked.base]
-        command += ["--tensor-parallel", str(asked.tensor_parallel), "--limit", str(self._limit)]
-        command += ["--ahead"] if ahead else []
+        """It may go on when this returns: removing what it had fetched."""
+        arguments = ["--root", str(self.store.root), "--source", asked.source, "--name", name]
+        arguments += ["--revision", asked.revision, "--dtype", asked.dtype, "--base", asked.base]
+        arguments += ["--tensor-parallel", str(asked.tensor_parallel), "--limit", str(self._limit)]
+        arguments += ["--ahead"] if ahead else []
+        heard = _Heard(lambda line: self._said(line, reports))
+        self._count += 1
         with contextlib.ExitStack() as stack:
-            passed: tuple[int, ...] = ()
-            if forward and (end := self._feed()) is not None:
-                passed = (stack.enter_context(end).fileno(),)
-                command += ["--forward", str(passed[0])]
-            process = subprocess.Popen(  # noqa: ASYNC220 - a fork, so that no sweep sees it before the tree knows it
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=self._scratch,
-                start_new_session=True,
-                pass_fds=passed,
+            end = self._feed() if forward else None
+            channel = stack.enter_context(end).fileno() if end is not None else -1
+            spec = ContainerSpec(
+                f"ingest-{self._count}", json.dumps(arguments).encode(), MODELS, weights=channel, entry=ENTRY
             )
-        self._tree.add(process.pid)
-        assert process.stdout is not None
-        answer: dict[str, Any] = {}
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=1 << 20)
-        transport: asyncio.ReadTransport | None = None
+            process = await self._runtime.run(spec, heard)
         try:
-            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
-            async for line in reader:
-                with contextlib.suppress(ValueError):
-                    message = json.loads(line)
-                    if "evicted" in message:
-                        self._log.info("checkpoint_evicted", **message["evicted"])
-                        self._changed()
-                    elif "stage" in message:
-                        for report in reports:
-                            report(message["stage"], message["done"], message["total"])
-                    else:
-                        answer = message
-        finally:
-            (transport or process.stdout).close()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            status = await asyncio.to_thread(process.wait)
-            self._tree.remove(process.pid)
+            answer = await heard.answer
+        except asyncio.CancelledError:
+            await process.stop(0)
+            raise
         if "result" in answer:
             return str(answer["result"]["digest"])
         if "error" in answer:
             raise from_info(msgspec.convert(answer["error"], ErrorInfo))
         raise CheckpointError(
-            f"the ingest of {asked.source!r} ended with status {status} and no answer.",
+            f"the ingest of {asked.source!r} ended {answer['ended']} and with no answer.",
             hint="Was there enough memory? The kernel's log shows processes killed for it.",
         )
+
+    def _said(self, line: dict[str, Any], reports: list[Report]) -> None:
+        if "evicted" in line:
+            self._log.info("checkpoint_evicted", **line["evicted"])
+            self._changed()
+        else:
+            for report in reports:
+                report(line["stage"], line["done"], line["total"])
 
     def close(self) -> None:
         for flight in self._running.values():

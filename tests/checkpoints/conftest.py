@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.store import CheckpointStore
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,3 +92,26 @@ def edit_json():
         path.write_text(json.dumps({**value, **changes}))
 
     return edit
+
+
+@pytest.fixture
+def model(source: Path) -> Make:
+    """Directories of models of one size, each of other weights."""
+
+    def make(name: str) -> Path:
+        directory = source.with_name(f"model-{name}")
+        shutil.copytree(source, directory)
+        weights = load_file(directory / "model.safetensors")
+        weights["model.norm.weight"] += len(name) + ord(name[0])
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def size(model: Make, tmp_path: Path) -> int:
+    """Bytes of an object of such a model, all its files."""
+    other = CheckpointStore(tmp_path / "measured")
+    ingest(other, str(model("measured")), "measured")
+    return sum(path.stat().st_size for path in other.path(other.resolve("measured")).iterdir())

@@ -15,11 +15,8 @@ from sllm_invoker.checkpoints.forward import Forward
 from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.object import CheckpointObject
 from sllm_invoker.checkpoints.store import CheckpointStore
-from sllm_invoker.containers.tree import Tree
-from sllm_invoker.ingests import Ingests
 
 from sllm_faas.errors import StorageFull
-from sllm_faas.spec import CheckpointSpec
 from tests.checkpoints.faults import PAGE_CACHE, SLABS, Node, node
 from tests.checkpoints.forks import Forks
 from tests.checkpoints.objects import checksum, make_object
@@ -225,19 +222,6 @@ def test_what_lies_in_memory_is_the_file_across_slabs_and_chunks(store, source, 
     found = store.verify(ingest(store, str(source), "tiny", forward=Memory()).digest)
     assert len(slabs) > 10
     assert b"".join(slabs)[: found.manifest.total_bytes] == found.part_path().read_bytes()
-
-
-@pytest.mark.e2e
-async def test_an_invoker_finds_what_it_brought_here_in_memory(here, store, source, tmp_path):
-    ingests = Ingests(store, Tree(tmp_path), tmp_path, feed=here.tier.feed)
-    spec = CheckpointSpec(str(source))
-    digest, _ = await ingests.bring(spec, "tiny", lambda *_: None, forward=False)
-    assert await here.residents() == {}
-    store.remove(digest)
-    directory = await ingests.ready(spec, lambda *_: None)
-    loaded = await here.tier.open(digest, directory, prefetch=True).loaded
-    assert (loaded.tier, loaded.bytes) == ("dram", 0)
-    assert here.tier.resident() == (digest,)
 
 
 @pytest.mark.e2e

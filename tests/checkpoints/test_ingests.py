@@ -3,34 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sllm_invoker.checkpoints import remote
-from sllm_invoker.checkpoints.ingest import ingest
+from sllm_invoker.checkpoints.ingest import PROCESS, ingest
+from sllm_invoker.checkpoints.room import stays
 from sllm_invoker.checkpoints.store import CheckpointStore
 from sllm_invoker.checks import Checks
+from sllm_invoker.containers.process import ProcessRuntime
 from sllm_invoker.containers.tree import Tree, recorded
-from sllm_invoker.ingests import Ingests
+from sllm_invoker.containers.zygote import become_subreaper
+from sllm_invoker.ingests import MODELS, Ingests
+from sllm_invoker.memory_tier import MemoryTier
 
-from sllm_faas.errors import CheckpointCorrupt
+from sllm_faas.errors import CheckpointCorrupt, CheckpointError, StorageFull
 from sllm_faas.spec import CheckpointSpec
 from sllm_faas.wire.messages import Check, Progress, Uncheck
+from tests.checkpoints.faults import SLABS
 from tests.checkpoints.model_server import WEIGHTS, Server, serving
 from tests.controller.fakes import app, llm
 
 
-async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(filled: CheckpointStore, tmp_path: Path):
-    ingests = Ingests(filled, Tree(tmp_path), tmp_path)
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    become_subreaper()
+    return Tree(tmp_path)
+
+
+@pytest.fixture
+async def runtime(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ProcessRuntime]:
+    """What it forks trusts servers on this machine."""
+    monkeypatch.setenv(remote.TRUSTED, "127.0.0.1")
+    made = ProcessRuntime("node-0", tree)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def tier(store: CheckpointStore, tree: Tree) -> AsyncIterator[MemoryTier]:
+    """Room for three slabs of 16 MiB."""
+    made = MemoryTier(store.root, 48, tree, options=SLABS)
+    made.start()
+    yield made
+    await made.close()
+
+
+async def test_an_object_that_was_ready_is_so_at_once_until_its_files_change(
+    filled: CheckpointStore, runtime: ProcessRuntime
+):
+    ingests = Ingests(filled, runtime)
     digest = filled.resolve("tiny")
     spec = CheckpointSpec("anything", digest=digest)
     assert await ingests.ready(spec, lambda *_: None) == filled.path(digest)
 
-    later = Ingests(filled, Tree(tmp_path), tmp_path)
+    later = Ingests(filled, runtime)
     assert later.refresh() == set()
     assert later.here == {digest}
     for each in (ingests, later):
@@ -51,16 +84,25 @@ HELD = 30_000
 
 
 @pytest.fixture
-def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv(remote.TRUSTED, "127.0.0.1")
+def server(source: Path) -> Iterator[Server]:
     with serving(source) as made:
         made.hold = HELD
         yield made
 
 
 @pytest.fixture
-def ingests(store: CheckpointStore, tmp_path: Path) -> Ingests:
-    return Ingests(store, Tree(tmp_path), tmp_path)
+def ingests(store: CheckpointStore, runtime: ProcessRuntime) -> Ingests:
+    return Ingests(store, runtime)
+
+
+def running(folder: Path) -> list[int]:
+    """The processes on record in `folder` that ingest."""
+    found = []
+    for pid in recorded(folder):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == PROCESS:
+                found.append(pid)
+    return found
 
 
 class Waiter:
@@ -93,11 +135,11 @@ async def all_ended() -> None:
 async def test_a_pull_that_nobody_waits_for_any_more_ends_and_the_next_goes_on(ingests, server, source, tmp_path):
     waiter = Waiter(ingests, CheckpointSpec(server.url), source)
     await waiter.under_way.wait()
-    assert recorded(tmp_path)
+    assert running(tmp_path)
     await waiter.leave()
     await all_ended()
     assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
-    assert not recorded(tmp_path)
+    assert not running(tmp_path)
 
 
 async def test_a_pull_ends_with_the_check_of_a_version_that_was_superseded(ingests, server, source, tmp_path):
@@ -117,11 +159,11 @@ async def test_a_pull_ends_with_the_check_of_a_version_that_was_superseded(inges
     checks = Checks(place, relay, answers.append, report)
     checks.check(Check(app(llm(source=server.url)), 1))
     await under_way.wait()
-    assert recorded(tmp_path)
+    assert running(tmp_path)
     checks.end(Uncheck("app", 1))
     await all_ended()
     assert await asyncio.to_thread(server.left.wait, 30), "its process is gone"
-    assert not recorded(tmp_path)
+    assert not running(tmp_path)
     assert not answers
     assert not list((ingests.store.root / "objects").iterdir())
 
@@ -148,7 +190,7 @@ async def test_a_pull_ahead_of_need_gives_way_until_a_start_needs_it(ingests, se
     """Then it goes on from there, and whoever had asked for it before is told how it ended too."""
 
     async def niceness() -> int:
-        (pid,) = recorded(tmp_path)
+        (pid,) = running(tmp_path)
         return os.getpriority(os.PRIO_PROCESS, pid)
 
     spec = CheckpointSpec(server.url, revision=f"blake3:{'0' * 64}")
@@ -176,3 +218,61 @@ async def test_who_asks_while_a_pull_is_being_given_up_gets_one_of_its_own(inges
     assert first.task.cancelled()
     assert server.weights_asked() == ["", f"bytes={HELD}-"]
     assert (source / WEIGHTS).stat().st_size > HELD
+
+
+# -- what they bring -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["base", "libs"])
+async def test_what_its_spec_says_is_brought_from_whatever_layer_there_is(store, source, runtime, layer):
+    await (runtime.warm() if layer == "base" else runtime.prepare(MODELS, ""))
+    ingests = Ingests(store, runtime)
+    digest, size = await ingests.bring(CheckpointSpec(str(source), tensor_parallel=2), "parts", lambda *_: None)
+    found = store.get(digest).manifest
+    assert (found.layout.tensor_parallel, found.total_bytes) == (2, size)
+    assert stays(store) == {}
+
+
+@pytest.mark.e2e
+async def test_a_start_of_what_was_evicted_brings_it_again(store, model, size, runtime):
+    changes: list[set[str]] = []
+    ingests = Ingests(store, runtime, limit=size * 3 // 2, changed=lambda: changes.append(ingests.refresh()))
+    specs = [CheckpointSpec(str(model(name))) for name in "ab"]
+    first = (await ingests.ready(specs[0], lambda *_: None)).name
+    assert ingests.here == {first}
+    lease = store.use(first)
+    with pytest.raises(StorageFull, match="in use"):
+        await ingests.ready(specs[1], lambda *_: None)
+    lease.close()
+    second = (await ingests.ready(specs[1], lambda *_: None)).name
+    assert (ingests.here, {first} in changes) == ({second}, True)
+
+    known = CheckpointSpec(specs[0].source, digest=first)
+    assert await ingests.ready(known, lambda *_: None) == store.path(first)
+    assert (ingests.here, {second} in changes) == ({first}, True)
+    store.verify(first)
+
+
+@pytest.mark.e2e
+async def test_what_was_brought_is_found_in_memory(store, source, runtime, tier):
+    ingests = Ingests(store, runtime, feed=tier.feed)
+    spec = CheckpointSpec(str(source))
+    digest, _ = await ingests.bring(spec, "tiny", lambda *_: None, forward=False)
+    assert (await tier.look()).residents == ()
+    store.remove(digest)
+    directory = await ingests.ready(spec, lambda *_: None)
+    loaded = await tier.open(digest, directory, prefetch=True).loaded
+    assert (loaded.tier, loaded.bytes) == ("dram", 0)
+    assert tier.resident() == (digest,)
+
+
+async def test_one_that_is_killed_is_an_error_and_the_next_goes_on(ingests, server, source, tmp_path):
+    waiter = Waiter(ingests, CheckpointSpec(server.url), source)
+    await waiter.under_way.wait()
+    (pid,) = running(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="ended killed by SIGKILL and with no answer"):
+        await waiter.task
+    server.go_on()
+    ingest(ingests.store, server.url, "tiny")
+    assert server.weights_asked() == ["", f"bytes={HELD}-"]

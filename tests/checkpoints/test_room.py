@@ -7,47 +7,20 @@ import errno
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sllm_invoker.checkpoints import usage
 from sllm_invoker.checkpoints.ingest import ingest
 from sllm_invoker.checkpoints.room import Evicted, Room, stays
 from sllm_invoker.checkpoints.store import CheckpointStore
-from sllm_invoker.containers.tree import Tree
-from sllm_invoker.ingests import Ingests, listing
+from sllm_invoker.ingests import listing
 
 from sllm_faas.errors import Conflict, SllmError, StorageFull
-from sllm_faas.spec import CheckpointSpec
 from tests.checkpoints.forks import Forks
-
-Make = Callable[[str], Path]
-
-
-@pytest.fixture
-def model(source: Path) -> Make:
-    """Directories of models of one size, each of other weights."""
-
-    def make(name: str) -> Path:
-        directory = source.with_name(f"model-{name}")
-        shutil.copytree(source, directory)
-        weights = load_file(directory / "model.safetensors")
-        weights["model.norm.weight"] += len(name) + ord(name[0])
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        return directory
-
-    return make
-
-
-@pytest.fixture
-def size(model: Make, tmp_path: Path) -> int:
-    """Bytes of an object of such a model, all its files."""
-    other = CheckpointStore(tmp_path / "measured")
-    ingest(other, str(model("measured")), "measured")
-    return sum(path.stat().st_size for path in other.path(other.resolve("measured")).iterdir())
 
 
 def objects(store: CheckpointStore) -> list[str]:
@@ -274,25 +247,3 @@ async def test_an_ingest_killed_while_it_makes_room_shows_nothing_partial(forks,
         with Room(store, "next") as room:
             room.make(0)
         assert leftovers(store) == []
-
-
-@pytest.mark.e2e
-async def test_a_start_of_what_was_evicted_brings_it_again(store, model, size, tmp_path):
-    changes: list[set[str]] = []
-    ingests = Ingests(
-        store, Tree(tmp_path), tmp_path, limit=size * 3 // 2, changed=lambda: changes.append(ingests.refresh())
-    )
-    specs = [CheckpointSpec(str(model(name))) for name in "ab"]
-    first = (await ingests.ready(specs[0], lambda *_: None)).name
-    assert ingests.here == {first}
-    lease = store.use(first)
-    with pytest.raises(StorageFull, match="in use"):
-        await ingests.ready(specs[1], lambda *_: None)
-    lease.close()
-    second = (await ingests.ready(specs[1], lambda *_: None)).name
-    assert (ingests.here, {first} in changes) == ({second}, True)
-
-    known = CheckpointSpec(specs[0].source, digest=first)
-    assert await ingests.ready(known, lambda *_: None) == store.path(first)
-    assert (ingests.here, {second} in changes) == ({first}, True)
-    store.verify(first)

@@ -26,8 +26,6 @@ from sllm_invoker.checkpoints.object import (
 )
 from sllm_invoker.checkpoints.room import stays
 from sllm_invoker.checkpoints.store import CheckpointStore
-from sllm_invoker.containers.tree import Tree
-from sllm_invoker.ingests import Ingests
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, SllmError
 from sllm_faas.spec import AdapterSpec, CheckpointSpec, FunctionSpec
@@ -81,14 +79,6 @@ def test_the_dtype_is_that_of_the_source_or_what_is_asked_for(store, source, dty
     found = store.get(made.digest).manifest
     kinds = {tensor.dtype for part in found.parts for tensor in part.tensors if tensor.kind == "parameter"}
     assert (found.layout.dtype, kinds) == (("bfloat16", {"BF16"}) if dtype == "auto" else ("float32", {"F32"}))
-
-
-async def test_an_invoker_brings_what_its_spec_says(store, source, tmp_path):
-    ingests = Ingests(store, Tree(tmp_path), tmp_path)
-    digest, size = await ingests.bring(CheckpointSpec(str(source), tensor_parallel=2), "parts", lambda *_: None)
-    found = store.get(digest).manifest
-    assert (found.layout.tensor_parallel, found.total_bytes) == (2, size)
-    assert stays(store) == {}
 
 
 def test_one_that_can_be_had_again_may_leave_the_disk(store, parts, source):

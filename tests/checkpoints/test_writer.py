@@ -8,7 +8,6 @@ import mmap
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from sllm_invoker.checkpoints.writer import ALIGNMENT, AT_ONCE, DirectWriter

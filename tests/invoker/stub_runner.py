@@ -6,14 +6,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from sllm_invoker.runner.config import InstanceConfig
+from sllm_invoker.runner.config import loads
 from sllm_invoker.runner.kept import Kept
 
 
-def run(config: InstanceConfig, confined: Callable[[], None]) -> None:
+def run(given: bytes, descriptors: Mapping[str, int], confined: Callable[[], None]) -> None:
     confined()
+    config = replace(loads(given), **descriptors)
     what = config.env.get("DO", "")
     if what == "exit":
         os._exit(3)

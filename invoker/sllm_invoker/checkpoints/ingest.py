@@ -4,10 +4,11 @@
                                             [--tensor-parallel RANKS] [--forward FD] [--limit BYTES]
                                             [--ahead]
 
+runs `main`, and `run` in a fork that may have torch imported already. It
 prints one JSON line per step of progress, `{"stage", "done", "total"}`, one per object that made room for this one,
 `{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest",
 "name", "known"}}`, or `{"error": ErrorInfo}` with exit status 1. It runs as a process of its own because it
-needs torch and the agent must not.
+needs torch and the agent must not. What it says last is not its end: what was fetched is removed afterwards.
 
 Stages: resolve (where is it), hash (is it known), load (transformers converts to the runtime layout), write
 (one pass: bytes, xxh3, blake3 and, with a channel to the store process, slabs together), sync and rename.
@@ -25,14 +26,16 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sllm_faas.errors import BadSpec, CheckpointCorrupt, CheckpointIncomplete, SllmError, to_info
 from sllm_faas.spec import check_tensor_parallel
@@ -66,6 +69,8 @@ from sllm_invoker.checkpoints.source import (
 )
 from sllm_invoker.checkpoints.store import CheckpointStore, check_name, is_full, storage_errors
 
+PROCESS = "sllm-ingest"
+"""As `ps` shows one that was forked."""
 LOWEST = 19
 """Niceness."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,13 +99,15 @@ def ingest(
     limit: int = 0,
     evicted: Callable[[Evicted], None] | None = None,
     ahead: bool = False,
+    told: Callable[[Ingested], None] | None = None,
 ) -> Ingested:
     """Bring `source` (a directory, a URL or a Hugging Face repo id) into the store and point ref `name` at it. A LoRA
     adapter needs its `base`: the name or digest of a checkpoint in the store. `tensor_parallel`: ranks that share
     the weights out, as transformers' plan for the model says; each reads what all have and its own slices. A model that
     had to be written, for one, is in the DRAM tier too where `forward` finds room there. `limit`: bytes that all
     checkpoints may take (0: what the disk has); where there is too little room others leave (`room`), and `evicted` is
-    told of each. `ahead`: of need, so none does.
+    told of each. `ahead`: of need, so none does. `told` is
+    called with the answer as soon as there is one: removing a download takes a while.
 
     Raises BadSpec (not a model, refused, bad name or dtype, no equal shares), CheckpointUnavailable (cannot be
     reached), CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -163,12 +170,15 @@ def ingest(
             else:
                 digest = found.digest
             store.remember(quick, digest)
-        _forget_download(origin)  # also what one left that was killed just here
         store.set_ref(name, digest)
         took = time.monotonic() - began if found is None else 0.0
         size = (found or store.get(digest)).manifest.total_bytes
         usage.used(store, digest, size, usage.Asked(source, revision, dtype, base, tensor_parallel), took)
-        return Ingested(digest=digest, name=name, known=found is not None)
+        made = Ingested(digest=digest, name=name, known=found is not None)
+        if told is not None:
+            told(made)
+        _forget_download(origin)  # also what one left that was killed just here
+        return made
 
 
 def _download(origin: Origin) -> Path | None:
@@ -367,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             forward: Forward | None = None
             if options.forward >= 0:
                 forward = stack.enter_context(Forward(socket.socket(fileno=options.forward)))
-            result = ingest(
+            ingest(
                 CheckpointStore(Path(options.root)),
                 options.source,
                 options.name,
@@ -380,13 +390,31 @@ def main(argv: list[str] | None = None) -> int:
                 limit=options.limit,
                 evicted=lambda each: _say({"evicted": dataclasses.asdict(each)}),
                 ahead=options.ahead,
+                told=lambda made: _say({"result": dataclasses.asdict(made)}),
             )
     except SllmError as error:
         info = dataclasses.asdict(to_info(error))
         _say({"error": {key: value for key, value in info.items() if key != "args"}})
         return 1
-    _say({"result": dataclasses.asdict(result)})
     return 0
+
+
+def run(arguments: bytes, descriptors: Mapping[str, int], confined: Callable[[], None]) -> NoReturn:
+    """`main` in a fork of a zygote: its arguments as JSON; `weights` is the channel for what it forwards."""
+    from sllm_invoker.runner.main import use_all_cores
+
+    status = 1
+    try:
+        confined()
+        Path("/proc/self/comm").write_text(PROCESS)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the supervisor's to handle
+        use_all_cores()
+        forward = ["--forward", str(descriptors["weights"])] if "weights" in descriptors else []
+        status = main([*json.loads(arguments), *forward])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _say(line: dict[str, Any]) -> None:

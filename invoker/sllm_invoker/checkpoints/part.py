@@ -200,8 +200,8 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class _HashingWriter:
-    """Gathers chunks, sums them and has them written: blake3 of the whole, xxh3-64 of each. A chunk is gathered where it
-    stays, if there is memory for all, and summed and written from there; else in one of a few buffers."""
+    """Gathers chunks, sums them and has them written: blake3 of the whole, xxh3-64 of each. A chunk is gathered where
+    it stays, if there is memory for all, and summed and written from there; else in one of a few buffers."""
 
     def __init__(self, file: DirectWriter, total: int, report: Progress, memory: Sequence[memoryview]) -> None:
         self._file, self._total, self._report, self._memory = file, total, report, memory

@@ -243,8 +243,8 @@ class CheckpointStore:
 
     def finish(self, directory: Path, manifest: Manifest) -> bool:
         """Make an object of a workspace with all its files in it: write its manifest, have the disk keep everything,
-        rename it to objects/<digest>. It counts as verified: its sums are those of the bytes as they were written. False
-        when somebody was first."""
+        rename it to objects/<digest>. It counts as verified: its sums are those of the bytes as they were written.
+        False when somebody was first."""
         write_manifest(directory, manifest)
         for path in directory.iterdir():
             _sync_and_seal(path)

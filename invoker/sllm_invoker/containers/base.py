@@ -27,7 +27,8 @@ class ForkFailed(PlatformError):
 
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """What to start. `config` is the runner's configuration as JSON: it holds secrets and is never logged.
+    """What to start. `config` is the runner's configuration as JSON: it holds secrets and is never logged. `entry`,
+    `module:function`, is what it runs if not a function; that is called with the config and those descriptors.
 
     `spec` and `object_dir` choose the warmth layers; None where there is nothing to prepare. `memory_limit_mb`
     is enforced where control groups allow it. `link` and `weights` are descriptors to hand to the instance, its socket
@@ -41,6 +42,7 @@ class ContainerSpec:
     memory_limit_mb: int = 0
     link: int = -1
     weights: int = -1
+    entry: str = ""
 
     def bare(self) -> ContainerSpec:
         """What its layers are made of, and no more."""
@@ -121,6 +123,9 @@ class Handle(Protocol):
 class Runtime(Protocol):
     async def start(self, spec: ContainerSpec, on_event: OnEvent) -> Handle:
         """Raises ForkFailed, and what preparing a layer raised (ImportFailed, CheckpointError …)."""
+
+    async def run(self, spec: ContainerSpec, on_event: OnEvent) -> Handle:
+        """`start` from the warmest of its layers that is there: none is made for it. Raises ForkFailed."""
 
     def on_gpu(self) -> tuple[str, ...]:
         """Digests of checkpoints that are whole on a GPU that no instance holds: a start of one finds it there."""

@@ -21,7 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +60,9 @@ ONE_THREAD = {
 
 PRIVATE = ("SLLM_SECRET_", "SLLM_JOIN")
 """Beginnings of the environment variables that no function may inherit."""
+
+
+Reached = Awaitable[tuple[ZygoteLink, tuple[Made, ...]]]
 
 
 class ProcessHandle:
@@ -199,12 +202,21 @@ class ProcessRuntime:
         if spec.spec is not None and spec.spec.gpus:
             return await self._start_on_gpu(spec, on_event)
         path = _path(spec.spec, spec.object_dir)
+        return await self._forked(spec, on_event, path, lambda: self._zygote(path, spec))
+
+    async def run(self, spec: ContainerSpec, on_event: OnEvent) -> ProcessHandle:
+        path = _path(spec.spec, spec.object_dir)
+        return await self._forked(spec, on_event, path, lambda: self._reach(self._living(path), spec))
+
+    async def _forked(
+        self, spec: ContainerSpec, on_event: OnEvent, path: Sequence[Layer], parent_of: Callable[[], Reached]
+    ) -> ProcessHandle:
         warmest = self.pool.warmest(path)
         handle = ProcessHandle(self, spec, warmest.warmth if warmest else "cold", on_event)
         last: ZygoteDied | None = None
         for _ in range(TRIES):
             try:
-                parent, handle.made = await self._zygote(path, spec)
+                parent, handle.made = await parent_of()
                 return await self._fork(handle, parent)
             except ZygoteDied as died:
                 last = died
@@ -247,7 +259,7 @@ class ProcessRuntime:
         try:
             ends = {"link": spec.link, "weights": spec.weights, "kept": kept}
             given = {name: fd for name, fd in ends.items() if fd >= 0}
-            message = {"op": "instance", "entry": self._entry, "cgroups": groups, "fds": list(given)}
+            message = {"op": "instance", "entry": spec.entry or self._entry, "cgroups": groups, "fds": list(given)}
             fds = [config, out_w, err_w, *given.values()]
             pid, pidfd = await parent.request(message, fds)
             if ahead not in (0, pid):
@@ -368,8 +380,7 @@ class ProcessRuntime:
         """The zygote of the last of `path`, made through those before it from the warmest one that lives."""
         parent: ZygoteLink | None = None
         waited: list[Made] = []
-        living = [number for number, layer in enumerate(path) if self._lives(layer)]
-        for layer in path[max(living, default=0) :]:
+        for layer in path[len(self._living(path)) - 1 :]:
             found = self._zygotes.get(layer.key)
             if found is not None and found.ended.done():  # its callback is still to come
                 self._zygote_ended(found)
@@ -387,6 +398,10 @@ class ProcessRuntime:
             parent = found
         assert parent is not None
         return parent, tuple(waited)
+
+    def _living(self, path: Sequence[Layer]) -> Sequence[Layer]:
+        """Up to the warmest that there is; the base in any case."""
+        return path[: 1 + max((number for number, layer in enumerate(path) if self._lives(layer)), default=0)]
 
     def _lives(self, layer: Layer) -> bool:
         found = self._zygotes.get(layer.key)

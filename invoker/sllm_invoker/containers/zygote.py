@@ -47,7 +47,7 @@ from typing import Any, NoReturn
 
 MAX_MESSAGE = 64 * 1024
 MAX_FDS = 8
-ENTRY = "sllm_invoker.runner.main:run"
+ENTRY = "sllm_invoker.runner.main:enter"
 BASE_MODULES = ("asyncio", "sllm", "sllm_invoker.runner.main", "sllm_invoker.runner.template")
 OOM_SCORE = 500
 """Above the invoker's 0: an instance is killed before the process that owns it."""
@@ -316,11 +316,9 @@ def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> N
     for fd in (config_fd, out, err, lifeline):
         os.close(fd)
     inherited = dict(zip(message["fds"], rest, strict=True))
-    from sllm_invoker.runner.config import loads
-
     module, _, name = message["entry"].partition(":")
     run = getattr(importlib.import_module(module), name)
-    run(dataclasses.replace(loads(config), **inherited), entering.join)
+    run(config, inherited, entering.join)
     os._exit(0)
 
 

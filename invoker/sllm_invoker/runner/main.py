@@ -3,7 +3,7 @@
     become → connect, HELLO → import → attach → enter → READY → serve until drained → exit hooks → BYE
                                 └──────────┴────────┴── failed: START_FAILED with the user's traceback
 
-`run` is called in a freshly forked child of a zygote, or by `python -m sllm_invoker.runner.main CONFIG.json` in
+`enter` is called in a freshly forked child of a zygote, `run` by `python -m sllm_invoker.runner.main CONFIG.json` in
 a process of its own that inherits the link (a cold start, debugging). It owns the process and never returns:
 threads that user code left do not keep it alive. Mode "check" ends after the import.
 """
@@ -22,6 +22,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +44,12 @@ EXIT_START_FAILED = 1
 EXIT_INTERNAL = 70
 SWITCH_INTERVAL = 0.001
 """Seconds after which computing user code must hand the interpreter to the link's thread (Python's own: 5 ms)."""
+
+
+def enter(config: bytes, descriptors: Mapping[str, int], confined: Callable[[], None]) -> NoReturn:
+    """`run`, with what a zygote hands over: the config's fields that are descriptors are given beside it."""
+    fields: dict[str, Any] = dict(descriptors)
+    run(replace(loads(config), **fields), confined)
 
 
 def run(config: InstanceConfig, confined: Callable[[], None] = lambda: None) -> NoReturn:
@@ -68,19 +75,24 @@ def _become(config: InstanceConfig) -> None:
     random.seed()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
-    cores = len(os.sched_getaffinity(0))
-    # A zygote may have been told to use one thread so that it can be forked; this process may use them all.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(cores)
+    use_all_cores()
     os.environ.update(config.env)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(random.getrandbits(63))
-        torch.set_num_threads(cores)
     if config.scratch:
         os.environ["TMPDIR"] = tempfile.tempdir = config.scratch
     if config.source_dir:
         sys.path.insert(0, config.source_dir)
         os.chdir(config.source_dir)
+
+
+def use_all_cores() -> None:
+    """A zygote may have been told to use one thread so that it can be forked; this process may use them all."""
+    cores = len(os.sched_getaffinity(0))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(cores)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(cores)
 
 
 class _Clock:
