@@ -45,7 +45,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sllm_faas.controller": (*SHARED, "sllm_faas.dispatch"),
     "sllm_faas.sim": (*SHARED, "sllm_faas.dispatch", "sllm_faas.controller"),
     "sllm_gateway": (*SHARED, "sllm_faas.dispatch"),
-    "sllm_invoker.checkpoints": (*SHARED, "sllm_invoker.runner.attach", "sllm_invoker.runner.quantized"),
+    "sllm_invoker.checkpoints": (
+        *SHARED,
+        "sllm_invoker.runner.attach",
+        "sllm_invoker.runner.quantized",
+        "sllm_invoker.runner.traits",
+    ),
     "sllm_invoker.runner": (*SHARED, "sllm_invoker.checkpoints", "sllm._runtime", "sllm._context"),
     "sllm_invoker": (*SHARED, "sllm_faas.dispatch"),
     "sllm.testing": ("sllm", "sllm_faas.local"),

@@ -72,8 +72,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("architecture", list(ARCHITECTURES))
 
 
-def _build(name: str) -> Any:
-    config = transformers.AutoConfig.for_model(name.partition("-")[0], **{**_COMMON, **ARCHITECTURES[name]})
+def build(name: str, **more: Any) -> Any:
+    """One of `ARCHITECTURES`; `more` of its configuration."""
+    config = transformers.AutoConfig.for_model(name.partition("-")[0], **{**_COMMON, **ARCHITECTURES[name], **more})
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -105,7 +106,7 @@ def case(store: CheckpointStore, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def get(name: str) -> Case:
         if name not in made:
             source = tmp_path_factory.mktemp(name)
-            built = _build(name)
+            built = build(name)
             built.save_pretrained(source)
             ingest(store, str(source), name)
             model = type(built).from_pretrained(source).eval()

@@ -219,7 +219,7 @@ def _write(
     if forward is not None:  # first: its memory is faulted beside imports and conversion
         forward.expect(sum(path.stat().st_size for path in origin.files if path.suffix == ".safetensors"))
     from sllm_invoker.runner import quantized
-    from sllm_invoker.runner.attach import probe
+    from sllm_invoker.runner.traits import probe
 
     report(0, 0, "load")
     config, architecture = _described(origin, dtype, ranks)
@@ -401,14 +401,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: bytes, descriptors: Mapping[str, int], confined: Callable[[], None]) -> NoReturn:
     """`main` in a fork of a zygote: its arguments as JSON; `weights` is the channel for what it forwards."""
-    from sllm_invoker.runner.main import use_all_cores
-
     status = 1
     try:
         confined()
         Path("/proc/self/comm").write_text(PROCESS)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the supervisor's to handle
-        use_all_cores()
         forward = ["--forward", str(descriptors["weights"])] if "weights" in descriptors else []
         status = main([*json.loads(arguments), *forward])
     except BaseException:

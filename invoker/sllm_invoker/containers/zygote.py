@@ -308,6 +308,7 @@ def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> N
     become_subreaper()
     _call(INSTANCE)
     _accept_the_killer(OOM_SCORE)
+    _use_all_cores()
     config_fd, out, err, *rest = fds
     config = read_memfd(config_fd)
     os.dup2(out, 1)
@@ -320,6 +321,15 @@ def become_instance(message: dict[str, Any], fds: list[int], lifeline: int) -> N
     run = getattr(importlib.import_module(module), name)
     run(config, inherited, entering.join)
     os._exit(0)
+
+
+def _use_all_cores() -> None:
+    """A zygote is told to use one thread so that it can be forked; this process may use them all."""
+    cores = len(os.sched_getaffinity(0))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(cores)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(cores)
 
 
 def _call(name: str) -> None:

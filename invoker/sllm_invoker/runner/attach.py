@@ -275,52 +275,6 @@ def model_tensors(model: Any) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
     return ((name, kind, tensor) for name, kind, tensor, _ in tensor_places(model))
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What running a model once tells: when each module first ran, by name; bytes of keys and values a token
-    costs, 0 where nothing grows; the width of its logits; whether it generates; whether the row cache is exact
-    for it."""
-
-    order: dict[str, int]
-    kv_bytes_per_token: int
-    vocabulary: int
-    generates: bool
-    batched: bool
-
-
-def probe(model: Any) -> Traits:
-    """Find a loaded model's traits with a few small forwards. Raises BadSpec when it does not run."""
-    from sllm_invoker.runner.engines.rows import cache_bytes_per_token, supports_rows
-
-    order: dict[str, int] = {}
-
-    def note(name: str) -> Any:
-        def ran(_module: Any, _args: Any) -> None:
-            order.setdefault(name, len(order))
-
-        return ran
-
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    generates = bool(model.can_generate())
-    ids = torch.arange(1, 9).remainder(vocabulary)[None]
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
-    try:
-        with torch.inference_mode():
-            out = model(input_ids=ids, **({"use_cache": False} if generates else {}))
-    except Exception as error:  # whatever a model wants beside token ids
-        raise BadSpec(f"{type(model).__name__} does not run on token ids alone: {first_line(error)}.") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Traits(
-        order=order,
-        kv_bytes_per_token=cache_bytes_per_token(model) if generates else 0,
-        vocabulary=int(out.logits.shape[-1]) if generates else vocabulary,
-        generates=generates,
-        batched=generates and supports_rows(model),
-    )
-
-
 def _places(
     model: Any, checkpoint: CheckpointObject, part: Part, packed: tuple[quantized.Packed, ...]
 ) -> tuple[Place, ...]:

@@ -75,7 +75,6 @@ def _become(config: InstanceConfig) -> None:
     random.seed()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
-    use_all_cores()
     os.environ.update(config.env)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(random.getrandbits(63))
@@ -84,15 +83,6 @@ def _become(config: InstanceConfig) -> None:
     if config.source_dir:
         sys.path.insert(0, config.source_dir)
         os.chdir(config.source_dir)
-
-
-def use_all_cores() -> None:
-    """A zygote may have been told to use one thread so that it can be forked; this process may use them all."""
-    cores = len(os.sched_getaffinity(0))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(cores)
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(cores)
 
 
 class _Clock:

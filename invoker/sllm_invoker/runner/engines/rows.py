@@ -285,17 +285,6 @@ def supports_rows(model: Any) -> bool:
     return True
 
 
-def cache_bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values one token costs, measured on the model's own cache; 0 where nothing grows."""
-    cache = DynamicCache(config=model.config)
-    if not any(hasattr(layer, "keys") for layer in cache.layers) and cache.layers:
-        return 0
-    with torch.inference_mode():
-        Forward(model)(torch.tensor([[1, 2, 3, 4]]), cache)
-    stored = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(int(store.numel() * store.element_size()) for store in stored if store is not None) // 4
-
-
 def _reserve(rows: int, capacity: int, states: torch.Tensor) -> tuple[mmap.mmap | None, torch.Tensor]:
     """Zeros for [rows, capacity, heads, dim] of the kind of `states` [batch, heads, width, dim] and on their device: a
     masked place counts nothing only while what is there is a number. The map, where pages can be given back."""
