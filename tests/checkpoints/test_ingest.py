@@ -88,6 +88,17 @@ def test_the_same_content_elsewhere_is_the_same_object(store, source):
     assert objects(store) == [first.digest]
 
 
+def test_what_was_written_counts_as_verified_until_it_changes(store, source, monkeypatch):
+    tiny = store.get(ingest(store, str(source), "tiny").digest)
+    with monkeypatch.context() as nothing_is_read:
+        nothing_is_read.setattr("sllm_invoker.checkpoints.store.verify_object", None)
+        assert store.ensure_verified("tiny").digest == tiny.digest
+    tiny.part_path().chmod(0o644)
+    tiny.part_path().write_bytes(tiny.part_path().read_bytes()[:-1] + b"\0")
+    with pytest.raises(CheckpointCorrupt):
+        store.ensure_verified("tiny")
+
+
 def test_changed_weights_are_another_object_and_the_name_follows(store, source):
     _age(source)
     first = ingest(store, str(source), "tiny")

@@ -4,11 +4,10 @@
                                             [--tensor-parallel RANKS] [--forward FD] [--limit BYTES]
                                             [--ahead]
 
-runs `main`, and `run` in a fork that may have torch imported already. It
 prints one JSON line per step of progress, `{"stage", "done", "total"}`, one per object that made room for this one,
-`{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest",
-"name", "known"}}`, or `{"error": ErrorInfo}` with exit status 1. It runs as a process of its own because it
-needs torch and the agent must not. What it says last is not its end: what was fetched is removed afterwards.
+`{"evicted": {"digest", "bytes", "why"}}`, and a last one: `{"result": {"digest", "name", "known"}}`, or
+`{"error": ErrorInfo}` with exit status 1. The last one is not its end: what was fetched is removed after it. It is a
+process of its own because it needs torch and the agent must not; `run` is the same in a fork that may have that.
 
 Stages: resolve (where is it), hash (is it known), load (transformers converts to the runtime layout), write
 (one pass: bytes, xxh3, blake3 and, with a channel to the store process, slabs together), sync and rename.
@@ -106,8 +105,8 @@ def ingest(
     the weights out, as transformers' plan for the model says; each reads what all have and its own slices. A model that
     had to be written, for one, is in the DRAM tier too where `forward` finds room there. `limit`: bytes that all
     checkpoints may take (0: what the disk has); where there is too little room others leave (`room`), and `evicted` is
-    told of each. `ahead`: of need, so none does. `told` is
-    called with the answer as soon as there is one: removing a download takes a while.
+    told of each. `ahead`: of need, so none does. `told` is called with the answer
+    as soon as there is one: removing a download takes a while.
 
     Raises BadSpec (not a model, refused, bad name or dtype, no equal shares), CheckpointUnavailable (cannot be
     reached), CheckpointCorrupt, CheckpointIncomplete (a weight is missing), StorageFull.
@@ -404,7 +403,8 @@ def run(arguments: bytes, descriptors: Mapping[str, int], confined: Callable[[],
     status = 1
     try:
         confined()
-        Path("/proc/self/comm").write_text(PROCESS)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text(PROCESS)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the supervisor's to handle
         forward = ["--forward", str(descriptors["weights"])] if "weights" in descriptors else []
         status = main([*json.loads(arguments), *forward])
