@@ -36,11 +36,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
             return
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             start, end = int(wanted[1]), min(int(wanted[2]) + 1, size) if wanted[2] else size
             self.send_response(206 if start < end else 416)
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}" if start < end else f"bytes */{size}")
             self.send_header("Content-Length", str(max(0, end - start)))
+            self.send_header("Last-Modified", self.date_time_string(int(found.st_mtime)))
             self.end_headers()
             file.seek(start)
             while start < end and (data := file.read(min(shutil.COPY_BUFSIZE, end - start))):

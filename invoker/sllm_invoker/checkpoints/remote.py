@@ -48,8 +48,9 @@ _NAMES_AT_ONCE = 8
 _AS_IT_IS = "%/:@!$&'()*+,;=~"
 """Not quoted in a path: it is a URL's already."""
 _GULP = 64 * 1024
+"""Bytes of an answer whose length is not known that are read at once."""
 _SMALL = 64 * 1024 * 1024
-_CHUNK = 4 * 1024 * 1024
+_CHUNK = 256 * 1024
 """Bytes that obstore gathers before it hands them on."""
 
 
