@@ -43,9 +43,12 @@ PAUSES = (0.5, 2.0, 5.0)
 PIECE = 16 * 1024 * 1024
 CONNECTIONS = 4
 _BATCH = 2 * 1024 * 1024
-"""Bytes that are hashed and written at once."""
+"""Bytes for which the writer is woken."""
 _FLUSH_S = 0.2
-"""Seconds after which fewer are written too."""
+"""Seconds after which fewer will do."""
+_WRITE = 256 * 1024
+"""Bytes that are hashed and written at once: what a core's cache holds, and no more than a few pages of the page cache
+that lie together, since in a virtual machine those may have to be had from the host first."""
 _LEAVE_S = 1.0
 """Seconds that connections have to end; one that cannot be ended then waits for its own end, and changes nothing."""
 
@@ -105,11 +108,11 @@ def _fetch(remote: Remote, entry: Entry, path: Path, report: Callable[[int], Non
                     file.truncate(0)
                     file.seek(0)
                     hasher, done = blake3.blake3(), 0
-                for at in range(0, len(came), _BATCH):
-                    batch = came[at : at + _BATCH]
-                    hasher.update(batch)
-                    _write(file, batch)
-                    done += len(batch)
+                for at in range(0, len(came), _WRITE):
+                    some = came[at : at + _WRITE]
+                    hasher.update(some)
+                    _write(file, some)
+                    done += len(some)
                     most = max(most, done)
                     report(most)
         except _BrokeOff as error:
