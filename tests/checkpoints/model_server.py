@@ -7,6 +7,7 @@ import hashlib
 import re
 import select
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,12 +23,15 @@ class Server(ThreadingHTTPServer):
     weights after so many bytes; `claim` is a size of the weights that HEAD gives in place of the true one; `refuses` is
     of ranges, `shift` is how far those are off that do not begin at 0; `hangs_up` has it close a connection when it has
     answered, without a word; `busy` is how many requests are told to come again; `hold` has it wait there (`held`),
-    until `go_on` or its client is gone (`left`); `asked` has (method, name, range)."""
+    until `go_on` or its client is gone (`left`); `asked` has (method, name, range). With `tls` it speaks that."""
 
     request_queue_size = 128
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.scheme = "https" if tls is not None else "http"
+        if tls is not None:  # a handshake is that connection's own matter
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.folder = folder
         self.cut = 0
         self.claim = 0
@@ -50,7 +54,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}/bucket/model"
+        return f"{self.scheme}://{self.address}/bucket/model"
 
     def go_on(self) -> None:
         """All answers that are held, and none after them."""
@@ -66,7 +70,7 @@ class Server(ThreadingHTTPServer):
         return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # its client has left
+        if not isinstance(sys.exception(), ConnectionError | ssl.SSLError):  # its client has left, or does not trust it
             super().handle_error(request, client_address)
 
     def server_close(self) -> None:
@@ -151,8 +155,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    made = Server(folder)
+def serving(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    made = Server(folder, tls)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -7,11 +7,13 @@ import errno
 import re
 import shutil
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from sllm_invoker.checkpoints import fetch as fetch_module
 from sllm_invoker.checkpoints import remote as remote_module
 from sllm_invoker.checkpoints.ingest import ingest
@@ -380,3 +382,55 @@ def test_s3_without_its_library_names_the_extra(monkeypatch):
     with pytest.raises(BadSpec) as caught:
         open_remote("s3://bucket/model")
     assert "sllm-faas[s3]" in caught.value.hint
+
+
+# -- TLS -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusting(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that authority signs is believed here."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    monkeypatch.setattr(remote_module, "_tls", lambda: context)
+
+
+@contextlib.contextmanager
+def certified(source: Path, authority: trustme.CA, name: str) -> Iterator[Server]:
+    """A server whose certificate is for that name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    with serving(source, context) as made:
+        yield made
+
+
+@pytest.mark.usefixtures("trusting")
+def test_pieces_come_over_tls(store, source, authority, monkeypatch):
+    monkeypatch.setenv(remote_module.TRUSTED, "127.0.0.1")
+    monkeypatch.setattr(fetch_module, "PIECE", PIECE)
+    with certified(source, authority, "127.0.0.1") as server:
+        far = ingest(store, server.url, "far")
+        assert len(server.weights_asked()) > 1
+    assert far.digest == ingest(store, str(source), "local").digest
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(store, source, authority, monkeypatch):
+    monkeypatch.setenv(remote_module.TRUSTED, "127.0.0.1")
+    with certified(source, authority, "127.0.0.1") as server:
+        with pytest.raises(CheckpointUnavailable, match="certificate verify failed"):
+            ingest(store, server.url, "far")
+        assert server.asked == []
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_certificate_for_another_host_is_refused(store, source, authority, monkeypatch):
+    monkeypatch.setenv(remote_module.TRUSTED, "127.0.0.1")
+    with certified(source, authority, "models.example") as server:
+        with pytest.raises(CheckpointUnavailable, match=r"certificate is not valid for '127\.0\.0\.1'"):
+            ingest(store, server.url, "far")
+        assert server.asked == []
