@@ -9,7 +9,7 @@ import shutil
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,17 +134,29 @@ def test_a_bucket_that_ignores_ranges_is_an_error_and_nothing_is_mixed(store, se
     assert not list((store.root / "objects").iterdir())
 
 
-def test_content_that_changes_meanwhile_is_not_mixed(store, server, source, url, monkeypatch):
-    server.cut, answer, path = 40_000, Handler._answer, source / WEIGHTS
-    content = path.read_bytes()
-    changed = content[:-1] + bytes([content[-1] ^ 1])
+@pytest.fixture
+def changing(source: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bytes]:
+    """From the first range of the weights on that is not `but`, other bytes are served than those it returns."""
 
-    def change(self, wanted):
-        if wanted:
-            path.write_bytes(changed)
-        answer(self, wanted)
+    def begin(but: str = "") -> bytes:
+        answer, path = Handler._answer, source / WEIGHTS
+        content = path.read_bytes()
+        changed = content[:-1] + bytes([content[-1] ^ 1])
 
-    monkeypatch.setattr(Handler, "_answer", change)
+        def change(self, wanted):
+            if wanted and wanted != but:
+                path.write_bytes(changed)
+            answer(self, wanted)
+
+        monkeypatch.setattr(Handler, "_answer", change)
+        return content
+
+    return begin
+
+
+def test_content_that_changes_meanwhile_is_not_mixed(store, server, url, changing):
+    server.cut = 40_000
+    changing()
     with pytest.raises(CheckpointUnavailable, match=r"changed|cannot be read"):
         ingest(store, url, "far")
     assert not list((store.root / "objects").iterdir())
@@ -225,17 +237,8 @@ def test_one_stream_that_breaks_off_begins_anew_and_its_progress_does_not_go_bac
     assert told == sorted(told)
 
 
-def test_pieces_of_content_that_changes_meanwhile_are_not_mixed(store, server, source, url, pieces, monkeypatch):
-    answer, path = Handler._answer, source / WEIGHTS
-    content = path.read_bytes()
-    changed = content[:-1] + bytes([content[-1] ^ 1])
-
-    def change(self, wanted):
-        if wanted and wanted != pieces[0]:
-            path.write_bytes(changed)
-        answer(self, wanted)
-
-    monkeypatch.setattr(Handler, "_answer", change)
+def test_pieces_of_content_that_changes_meanwhile_are_not_mixed(store, server, url, pieces, changing):
+    content = changing(pieces[0])
     with pytest.raises(CheckpointUnavailable, match=r"changed|cannot be read"):
         ingest(store, url, "far")
     assert not list((store.root / "objects").iterdir())

@@ -10,7 +10,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sllm_invoker.checkpoints.writer import ALIGNMENT, AT_ONCE, DirectWriter
+from sllm_invoker.checkpoints.reader import ALIGNMENT
+from sllm_invoker.checkpoints.writer import AT_ONCE, DirectWriter
 
 BLOCK = 4 * ALIGNMENT
 

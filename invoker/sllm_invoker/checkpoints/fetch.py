@@ -35,7 +35,7 @@ from typing import Any
 import blake3
 
 from sllm_faas.errors import CheckpointIncomplete, CheckpointUnavailable
-from sllm_invoker.checkpoints.object import Progress, chunks_of
+from sllm_invoker.checkpoints.object import Progress, hashed
 from sllm_invoker.checkpoints.remote import Answer, Connection, Entry, Remote
 
 PAUSES = (0.5, 2.0, 5.0)
@@ -95,7 +95,7 @@ def _fetch(remote: Remote, entry: Entry, path: Path, report: Callable[[int], Non
     path.touch()
     if path.stat().st_size > entry.bytes:
         os.truncate(path, 0)  # none of ours
-    hasher, done = _hashed(path), path.stat().st_size
+    hasher, done = hashed(path), path.stat().st_size
     if done == entry.bytes:
         report(done)
         return str(hasher.hexdigest())
@@ -126,13 +126,6 @@ def _fetch(remote: Remote, entry: Entry, path: Path, report: Callable[[int], Non
 def _write(file: Any, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
-
-
-def _hashed(path: Path) -> Any:
-    hasher = blake3.blake3()
-    for chunk in chunks_of(path):
-        hasher.update(chunk)
-    return hasher
 
 
 class _Arrivals:

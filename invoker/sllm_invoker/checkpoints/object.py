@@ -430,12 +430,17 @@ def chunks_of(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
             yield chunk
 
 
-def file_digest(path: Path) -> str:
-    """blake3 of a file, hex."""
+def hashed(path: Path) -> blake3.blake3:
+    """A file's bytes in a hasher that more can be given to."""
     hasher = blake3.blake3()
     for chunk in chunks_of(path):
         hasher.update(chunk)
-    return hasher.hexdigest()
+    return hasher
+
+
+def file_digest(path: Path) -> str:
+    """blake3 of a file, hex."""
+    return hashed(path).hexdigest()
 
 
 def verify_object(checkpoint: CheckpointObject, progress: Progress | None = None) -> None:

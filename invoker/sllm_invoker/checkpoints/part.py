@@ -206,26 +206,24 @@ class _HashingWriter:
     def __init__(self, file: DirectWriter, total: int, report: Progress, memory: Sequence[memoryview]) -> None:
         self._file, self._total, self._report, self._memory = file, total, report, memory
         self._buffers = [] if memory else [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(1 + AT_ONCE)]
-        self._gathered = 0
         self.whole = blake3.blake3()
         self.chunks: list[str] = []
         self.done = 0
 
     def write(self, data: memoryview) -> None:
         while data.nbytes:
-            chunk = self._chunk()
-            piece, data = data[: chunk.nbytes - self._gathered], data[chunk.nbytes - self._gathered :]
-            chunk[self._gathered : self._gathered + piece.nbytes] = piece
-            self._gathered += piece.nbytes
+            chunk, at = self._chunk(), self.done % CHUNK_BYTES
+            piece, data = data[: CHUNK_BYTES - at], data[CHUNK_BYTES - at :]
+            chunk[at : at + piece.nbytes] = piece
             self.done += piece.nbytes
-            if self._gathered == chunk.nbytes:
-                self._end_chunk()
+            if self.done % CHUNK_BYTES == 0:
+                self._end_chunk(chunk)
             self._report(self.done, self._total, "write")
 
     def end(self) -> None:
         """No more comes."""
-        if self._gathered:
-            self._end_chunk()
+        if gathered := self.done % CHUNK_BYTES:
+            self._end_chunk(self._chunk()[:gathered])
 
     def _chunk(self) -> memoryview:
         """Where the one lies that is gathered now."""
@@ -235,8 +233,7 @@ class _HashingWriter:
         index, at = divmod(number * CHUNK_BYTES, len(self._memory[0]))
         return self._memory[index][at : at + CHUNK_BYTES]
 
-    def _end_chunk(self) -> None:
-        chunk, self._gathered = self._chunk()[: self._gathered], 0
+    def _end_chunk(self, chunk: memoryview) -> None:
         self._file.write(chunk)  # first: the disk is busy while it is summed
         self.chunks.append(xxhash.xxh3_64_hexdigest(chunk))
         self.whole.update(chunk)

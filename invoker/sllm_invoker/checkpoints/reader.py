@@ -44,6 +44,18 @@ AT_ONCE = 2
 ALIGNMENT = 4096
 
 
+def open_past_cache(path: Path, flags: int, *, direct: bool = True) -> tuple[int, bool]:
+    """A descriptor that passes the page cache, or one that does not where the file system refuses; and which it is."""
+    flags |= os.O_CLOEXEC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o644), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o644), False
+
+
 class File(Protocol):
     """What is read from; tests put failing ones in its place."""
 
@@ -62,16 +74,8 @@ class DirectFile:
         self._path = path
         self._refused: list[int] = []
         self._lock = threading.Lock()
-        self.direct = direct
-        if direct:
-            try:
-                self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self.direct = False
+        self._fd, self.direct = open_past_cache(path, os.O_RDONLY, direct=direct)
         if not self.direct:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property

@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-ALIGNMENT = 4096
+from sllm_invoker.checkpoints.reader import ALIGNMENT, open_past_cache
+
 AT_ONCE = 2
 """Views that wait for the disk, the one under way included."""
 
@@ -27,7 +28,7 @@ class DirectWriter:
     last may end anywhere. `write` and the end of the context raise what the disk said: OSError."""
 
     def __init__(self, path: Path) -> None:
-        self._fd, self._direct = _create(path)
+        self._fd, self._direct = open_past_cache(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer")
         self._under_way: deque[Future[None]] = deque()
         self._at = 0
@@ -71,13 +72,3 @@ class DirectWriter:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             self._direct = False
-
-
-def _create(path: Path) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o644), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    return os.open(path, flags, 0o644), False

@@ -17,6 +17,7 @@ CheckpointIncomplete naming the first one that would be. It is not for anything 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -235,6 +236,22 @@ def build_skeleton(config: Any, architecture: str) -> Any:
     if quantized.method(config):
         quantized.build(model, config)
     return model
+
+
+def with_layers(config: Any, count: int) -> Any:
+    """A copy of a model's config with its first `count` layers: whatever has an entry for each is cut."""
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    for name, value in layer_lists(text).items():
+        setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return shorter
+
+
+def layer_lists(text: Any) -> dict[str, list[Any]]:
+    """What of a text config has an entry for each layer, by name."""
+    count = text.num_hidden_layers
+    return {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count > 1}
 
 
 def end_tokens(directory: Path) -> frozenset[int]:

@@ -7,7 +7,6 @@ it once, a process that waits to become an instance once more. The skeleton stay
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -37,11 +36,9 @@ def small(skeleton: Skeleton) -> Any:
     """The skeleton's model with one layer and few tokens, all zeros. Raises BadSpec where there is no such model."""
     if skeleton.packed:
         raise BadSpec("its kernels take packed weights, not zeros.")
-    config = copy.deepcopy(skeleton.model.config)
+    config = attach.with_layers(skeleton.model.config, 1)
     text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size = 1, VOCABULARY
-    if len(getattr(text, "layer_types", None) or ()) > 1:
-        text.layer_types = text.layer_types[:1]
+    text.vocab_size = VOCABULARY
     config.pad_token_id = text.pad_token_id = None
     model = attach.build_skeleton(config, skeleton.checkpoint.manifest.architecture)
     model.eval()

@@ -6,7 +6,6 @@ what many passes are needed for is asked of its first layers.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from sllm_faas.errors import BadSpec
 from sllm_invoker.checkpoints.object import first_line
 from sllm_invoker.runner import quantized
-from sllm_invoker.runner.attach import build_skeleton, tensor_places
+from sllm_invoker.runner.attach import build_skeleton, layer_lists, tensor_places, with_layers
 from sllm_invoker.runner.engines.compute import Forward
 from sllm_invoker.runner.engines.rows import supports_rows
 
@@ -87,19 +86,13 @@ def _bytes_per_token(cache: DynamicCache) -> int:
 def first_layers(model: Any) -> Any:
     """A model of its first layers, `FEWEST` and one of each kind at least, with the very tensors of the whole; the
     model itself where there is no such model, or no fewer layers."""
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    whole = text.num_hidden_layers
-    kinds = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == whole}
-    count = max([FEWEST, *(1 + max(value.index(kind) for kind in value) for value in kinds.values())])
-    if count >= whole or quantized.method(config):
+    text = model.config.get_text_config()
+    count = max([FEWEST, *(1 + max(value.index(kind) for kind in value) for value in layer_lists(text).values())])
+    if count >= text.num_hidden_layers or quantized.method(model.config):
         return model
     held = {name: tensor for name, _, tensor, _ in tensor_places(model)}
     try:
-        text.num_hidden_layers = count
-        for name, value in kinds.items():
-            setattr(text, name, value[:count])
-        first = build_skeleton(config, type(model).__name__)
+        first = build_skeleton(with_layers(model.config, count), type(model).__name__)
         for name, _, tensor, holder in tensor_places(first):
             if held[name].shape != tensor.shape:
                 return model
