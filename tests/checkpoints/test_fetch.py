@@ -138,9 +138,14 @@ def test_a_piece_that_breaks_off_goes_on_and_the_others_do_not_notice(tmp_path):
 
 
 def test_a_piece_that_never_comes_is_an_error_and_what_is_before_it_stays(tmp_path):
+    came: list[int] = []
+
     def break_off(start: int, at: int) -> None:
         if at >= 2600:
-            source.wait_for(lambda: source.told[-1:] >= [2 * PIECE])
+            with source.changed:  # other pieces may get here before this one has come so far
+                came.extend([at] if start == 2 * PIECE else [])
+                source.changed.notify_all()
+            source.wait_for(lambda: bool(came) and source.told[-1:] >= [2 * PIECE])
             raise ConnectionError("reset")
 
     source = Source(break_off)
