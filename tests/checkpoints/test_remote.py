@@ -283,7 +283,8 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_the_next_pull_goes_on(store,
     monkeypatch.setattr(fetch_module, "_write", write)
     server.asked.clear()
     ingest(store, server.url, "far")
-    assert server.weights_asked()[0].startswith(f"bytes={size}-" if size else "bytes=0-")
+    # What connections of the first one had asked for may be seen late; it is behind what was written.
+    assert min(int(each.removeprefix("bytes=").partition("-")[0]) for each in server.weights_asked()) == size
 
 
 # -- names ---------------------------------------------------------------------------------------------------
